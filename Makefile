@@ -9,7 +9,7 @@ STAMP := $(VENV)/.setup
 DEV := $(VENV)/.setup-dev
 DEMO := $(VENV)/.setup-demo
 DOCS := $(VENV)/.setup-docs
-PARALLEL := -n logical --maxprocesses 8 --dist loadfile
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help

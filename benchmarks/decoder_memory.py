@@ -10,11 +10,11 @@ less what it had before the forward.
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import time
 
+import resident
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import Dinov2Config, Dinov2Model
@@ -25,7 +25,7 @@ WAYS = ("plain", "checkpointing, block by block", "random crop of a quarter", "t
 def megabytes() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return resident.peak() / 2**20
 
 
 def measure(way: str, side: int, count: int) -> None:
@@ -63,6 +63,7 @@ def measure(way: str, side: int, count: int) -> None:
 
 
 def main() -> None:
+    megabytes()  # a system that does not tell it ends here
     side, count = (int(a) for a in [*sys.argv[1:], *("512", "1")[len(sys.argv) - 1 :]])
     print(f"{count} of {side}x{side}\n\n| way | MB | seconds |\n|---|---|---|", flush=True)
     for way in WAYS:

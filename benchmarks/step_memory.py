@@ -11,7 +11,6 @@ before anything was built. On a GPU the peak is that of torch's allocator.
 from __future__ import annotations
 
 import itertools
-import resource
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import psutil
+import resident
 import torch
 from common import composed, fit, unet_overrides
 from torch import Tensor
@@ -74,6 +74,8 @@ def held(trainer: L.Trainer, method: Any) -> dict[str, int]:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        resident.peak()  # a system that does not tell it ends here, before any work
     with tempfile.TemporaryDirectory() as folder:
         own = any(word.startswith("teacher=") for word in sys.argv[1:])
         given = [] if own else unet_overrides(Path(folder))
@@ -91,8 +93,8 @@ def main() -> None:
         print(f"{count / MIB:8.0f} MiB  {name}")
     print(f"{peak.added / MIB:8.0f} MiB  at most within a step, on top")
     print(f"{(sum(peak.held.values()) + peak.added) / MIB:8.0f} MiB  tensors at the peak")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(f"{resident / MIB:8.0f} MiB  peak of the process, over what it had before")
+    added = resident.peak() - before
+    print(f"{added / MIB:8.0f} MiB  peak of the process, over what it had before")
 
 
 if __name__ == "__main__":

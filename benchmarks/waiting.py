@@ -43,13 +43,17 @@ def count(words: list[str]) -> Counter[str]:
         lines = [f"{f.filename}:{f.lineno} {f.name}" for f in (own[-1:] + frames[-1:])]
         found[" <- ".join(dict.fromkeys(lines))] += 1
 
+    arguments, before = sys.argv, torch.cuda.get_sync_debug_mode()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        sys.argv = ["distill.run", *FEW, *words, f"run_dir={folder}/run"]
         warnings.simplefilter("always")
         warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        importlib.import_module("distill.run").main()
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            sys.argv = ["distill.run", *FEW, *words, f"run_dir={folder}/run"]
+            torch.cuda.set_sync_debug_mode("warn")
+            importlib.import_module("distill.run").main()
+        finally:
+            sys.argv = arguments
+            torch.cuda.set_sync_debug_mode(before)
     return found
 
 

@@ -53,9 +53,9 @@ def write_notebooks(folder: Path) -> None:
 
 
 def copy_studies(folder: Path) -> None:
-    """Copy the pages and pictures of experiments/, so that the documentation can link them."""
+    """Copy the files of experiments/ that pages show or link into the documentation."""
     for file in sorted((ROOT / "experiments").rglob("*")):
-        if file.suffix in (".md", ".png", ".svg", ".csv"):
+        if file.suffix in (".md", ".png", ".svg", ".csv", ".yaml", ".json"):
             to = folder / file.relative_to(ROOT / "experiments")
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, to)

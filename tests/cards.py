@@ -20,8 +20,8 @@ def code(folder: Path) -> str:
 
 
 def drawn(folder: Path, prompt: str, *, steps: int, seed: int) -> torch.Tensor:
-    """The picture of the card's code, [H, W, 3] in [0, 1], with nothing changed but what a user
-    fills in.
+    """The picture of the card's code, [H, W, 3] in [0, 1], or its video [F, H, W, 3]: nothing is
+    changed but what a user fills in.
     """
     filled, text = {}, code(folder)
     for theirs, ours in {
@@ -34,4 +34,6 @@ def drawn(folder: Path, prompt: str, *, steps: int, seed: int) -> torch.Tensor:
     text, count = re.subn(r"^steps = \d$", f"steps = {steps}", text, flags=re.M)
     assert count == 1
     exec(compile(text, str(folder / "README.md"), "exec"), filled)
+    if "video" in filled:
+        return torch.from_numpy(filled["video"]).float()
     return torch.from_numpy(np.asarray(filled["picture"]) / 255).float()

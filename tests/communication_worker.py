@@ -5,7 +5,6 @@ writes what it saw.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -261,7 +260,7 @@ def in_bfloat16(rank: int) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
@@ -277,9 +276,5 @@ def main(folder: Path) -> None:
         "trained": trained(rank),
         "bfloat16": in_bfloat16(rank),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(saw), encoding="utf-8")
+    Path(folder, f"{rank}.json").write_text(json.dumps(saw), encoding="utf-8")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -18,6 +18,16 @@ if (
 ):  # before torch is imported: processes side by side have a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
+LONGEST = (  # files, the longest first: one that is begun last keeps one worker busy, and no other
+    *("distributed", "kill", "kills", "launch", "pretrain", "stopping", "first_mile", "making"),
+    *("readme", "learning", "portable", "api", "export", "resume", "bad_input", "words", "conf"),
+    *("every_key", "quick_answers", "speed", "engine", "waiting", "notebooks", "methods", "lora"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +80,16 @@ def shards(tmp_path_factory) -> Path:
     from tiny import write_shards
 
     return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Begins tasks in forks of one process that has imported everything; see `forks.py`."""
+    import forks
+
+    if not hasattr(os, "fork"):
+        pytest.skip("forks")
+    return forks.shared()
 
 
 @pytest.fixture(autouse=True)

@@ -1,24 +1,23 @@
 """One process of a test in `test_distributed.py`: trains methods on a tiny pipeline and writes what
 each ended with.
 
-It is asked for one run, or by `jobs` for several, one after another: starting a process takes
-longer than a run.
+It is asked for one run, or by `jobs` for several, one after another.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import traceback
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+import families
 import tiny  # beside this script, hence on the path
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.tensors import gather
@@ -62,7 +61,9 @@ def strategy_of(name: str | None):
     dtype = "bfloat16" if name.endswith("reduced") else "float32"
     if name.startswith("ddp"):  # these networks are small: many buckets all the same
         return DataParallel(reduce_dtype=dtype, bucket_mib=0.1)
-    return FullyShardedDataParallel(sharded_checkpoints=name.endswith("parts"), reduce_dtype=dtype)
+    options = {"sharded_checkpoints": name.endswith("parts"), "reduce_dtype": dtype}
+    replicas = 2 if "replicas" in name else 1
+    return FullyShardedDataParallel(**options, replicas=replicas)
 
 
 def options_of(asked: dict) -> dict:
@@ -107,8 +108,15 @@ def train(asked: dict, file: Path) -> None:
         "eps": 1e-4,
         "critic_eps": 1e-2,
     }
-    family = SD if asked.get("family") == "unet" else SD3
-    method = make(family(asked["teacher"]), **options)
+    if "score_teacher" in asked:
+        options["score_teacher"] = SD(asked[asked["score_teacher"]])
+    family = asked.get("family")
+    if family in families.OTHERS:
+        own = families.OF_FLUX if family.startswith("flux") else {}
+        teacher = families.teacher_at(Path(asked["teacher"]), **own)
+    else:
+        teacher = (SD if family == "unet" else SD3)(asked["teacher"])
+    method = make(teacher, **options)
     for module in (
         method.heads.modules()
     ):  # its power iteration counts passes: two micro-batches make twice as many
@@ -148,13 +156,21 @@ def train(asked: dict, file: Path) -> None:
         if resume
         else 0
     )
-    loader = source.latents(asked["data"], batch_size=2).loader(
+    kinds = {
+        "source": partial(source.pairs, size=64),
+        "mask": partial(source.images, size=64, masks=True),
+    }
+    read = kinds.get(teacher.image, source.latents)
+    loader = read(asked["data"], batch_size=2).loader(
         seed=0, rank=rank, world=asked["processes"], start=start
     )
     trainer.fit(method, loader, ckpt_path=resume, weights_only=True)
     end = {
         "student": gather(method.student.state_dict(), keep=True),
         "heads": gather(method.heads.state_dict(), keep=True),
+        "fake_score": gather(method.fake_score.state_dict(), keep=True)
+        if method.fake_score
+        else {},
         "ema": gather(method.ema.state_dict(), keep=True),
         "losses": {name: values[-2:] for name, values in losses.seen.items()},
         "counts": {
@@ -165,7 +181,3 @@ def train(asked: dict, file: Path) -> None:
         "skipped": method.loop.skipped,
     }
     torch.save(end, file)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -46,8 +46,13 @@ TRAININGS: dict[tuple[str, str], tuple[str, list[str]]] = {
     ("add", "dino"): ("unet", [*HEAD_START, *EYES]),
     ("nitrofusion", "pool"): ("unet", [*HEAD_START, "method.warm_start=1"]),
     ("nitrofusion", "teacher_features"): ("mmdit", HEAD_START),
+    ("dmd2", "fake_score"): ("unet", [*HEAD_START, "loop.discriminator_updates=2"]),
     ("regression", "none"): ("mmdit", []),
     ("consistency", "none"): ("unet", []),
+    ("dpo", "none"): (
+        "mmdit",
+        ["data=renders", "data.pairs=true", "sampler=guided", "student=lora"],
+    ),
 }
 FEW = [
     "trainer.max_steps=3",

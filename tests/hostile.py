@@ -5,13 +5,13 @@ memory.
 from __future__ import annotations
 
 import io
-import os
 import struct
-import subprocess
-import sys
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
+
+import forks
 
 ROOT = Path(__file__).parents[1]
 EVIL = "a\x1b[2J\x1b]0;owned\x07\u202egnp.\n|`<script>alert(1)</script>\"'&"  # as a name or caption
@@ -105,20 +105,11 @@ def small(script: str, *words: object, mib: int = 512, seconds: int = 120) -> st
     The limit is set by `limit()`, which the script calls once its imports are done.
     """
     with_limit = f"import resource\ndef limit():\n{LIMIT.format(mib=mib)}\n{script}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", with_limit, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        env=environment,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        done = forks.shared().script(with_limit, *words, out=out, err=err)
+        assert done.wait(timeout=seconds) == 0, done.said("err")[-3000:]
+        return done.said("out")
 
 
 LIMIT = """

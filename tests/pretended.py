@@ -175,6 +175,7 @@ class OnDevice(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         pl_module._device = GPU
+        _keep_on_host(pl_module.teacher.process)
         self.seen.append(self.stack.enter_context(device(self.own_generators)))
 
     def end(self, pl_module: Any) -> None:
@@ -183,6 +184,14 @@ class OnDevice(L.Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.end(pl_module)
+
+
+def _keep_on_host(process: Any) -> None:
+    """Mark the table of alpha that a process has on the CPU, which was made outside."""
+    tables, cpu = getattr(process, "_on_device", None), torch.device("cpu")
+    if tables is not None:
+        tables[cpu] = process._table(cpu).clone()
+        setattr(tables[cpu], HOST, True)
 
 
 class Last(L.Callback):

@@ -16,6 +16,8 @@ import ldm
 import tiny
 from distill.teachers.sd import SD
 
+WRITTEN = ("flux", "flux2_klein", "chroma")
+
 
 @pytest.fixture(scope="module")
 def folders(pipelines, tmp_path_factory):
@@ -25,7 +27,7 @@ def folders(pipelines, tmp_path_factory):
         if family not in made:
             made[family] = (
                 families.write(family, tmp_path_factory.mktemp("flux") / family)
-                if family == "flux"
+                if family in WRITTEN
                 else pipelines(family)
             )
         return made[family]
@@ -41,7 +43,7 @@ def model(folders):
 
 def made(folder, **options):
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    options |= {"size": 64} if index["_class_name"] == "FluxPipeline" else {}
+    options |= {"size": 64} if index["_class_name"].startswith(("Flux", "Chroma")) else {}
     return families.teacher_at(folder, **options)
 
 
@@ -50,7 +52,7 @@ def factors(model, ranks=(2, 3, 5), alphas=(1.0, 2.0, 6.0)):
     them.
     """
     random, found = torch.Generator().manual_seed(3), {}
-    ends = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
+    ends = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in", "ff.linear_out", "attn.to_out")
     layers = {n: m for n, m in model.named_modules() if n.endswith(ends) and hasattr(m, "weight")}
     for i, (name, layer) in enumerate(layers.items()):
         rank, (out, *rest) = ranks[i % len(ranks)], layer.weight.shape
@@ -120,6 +122,9 @@ NAMINGS = [
     ("sdxl", "makers"),
     ("mmdit", "flat"),
     ("flux", "flat"),
+    pytest.param("flux2_klein", "peft", marks=pytest.mark.slow),
+    pytest.param("flux2_klein", "flat", marks=pytest.mark.slow),
+    pytest.param("chroma", "peft", marks=pytest.mark.slow),
 ]
 
 

@@ -111,7 +111,7 @@ def test_the_exact_solution_of_the_path_is_consistent():
     "arguments",
     [
         ["method=consistency"],
-        ["method=consistency", "teacher=shapes_unet"],
+        pytest.param(["method=consistency", "teacher=shapes_unet"], marks=pytest.mark.slow),
         ["method=regression", "data.seeded=true"],
     ],
     ids=["consistency", "unet", "regression"],

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from distill.data import decode
-from distill.data.datasets import ImageShards, LatentShards, nearest
+from distill.data.buckets import nearest
+from distill.data.datasets import ImageShards, LatentShards
 from distill.data.source import BucketOrder, Source
 from test_data import npy, png, put_tar
 
@@ -179,7 +180,10 @@ def test_buckets_that_are_none(tmp_path, wrong):
         ImageShards(put_pictures(tmp_path / "x.tar", 3), size=8, buckets=wrong)
 
 
-@pytest.mark.parametrize("method", ["ladd", "add", "nitrofusion"])
+@pytest.mark.parametrize(
+    "method",
+    ["ladd", *(pytest.param(m, marks=pytest.mark.slow) for m in ("add", "nitrofusion", "dmd2"))],
+)
 def test_a_run_on_buckets_goes_on_exactly(method, command, pipelines, tmp_path):
     import tiny
     from distill.storage import checkpoint_files

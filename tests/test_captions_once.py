@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import pickle
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+import distill
+import families
 import kills
+import tiny
+from distill.core.types import Cond
 from distill.data.source import latents
+from distill.training import captions as embedding
 from distill.training.captions import embedded
+from distill.training.loop_settings import LoopSettings
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +58,98 @@ def test_the_last_batch_is_filled_where_captions_are_few(teacher):
     rows = embedded(teacher, ["a red star"], 4)
     four = teacher.embed(["a red star"] * 4).tensors()
     assert all(torch.equal(rows[name], x[:1]) for name, x in four.items())
+
+
+class Wide:
+    """A teacher whose embeddings take a mebibyte each."""
+
+    def embed(self, batch):
+        return Cond(torch.ones(len(batch), 2**18))
+
+
+def test_embeddings_exist_only_once_in_memory():
+    """Also at their end: they are not put together from parts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        rows = embedded(Wide(), [str(i) for i in range(40)], 2)
+    events = sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    peak = max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    (total,) = (x.nbytes for x in rows.values())
+    assert total == 40 * 2**20
+    assert total <= peak < 1.2 * total
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch, caplog):
+    """Each of them holds all embeddings."""
+    captions = [str(i) for i in range(4)]
+    monkeypatch.setattr(
+        embedding, "memory_available", lambda: 4 * 5 * 2**20
+    )  # a quarter of it counts
+    assert embedded(Wide(), captions, 2) is not None
+    with caplog.at_level("WARNING"):
+        assert embedded(Wide(), captions, 2, ranks=2) is None
+    (said,) = caplog.messages
+    assert said.endswith("those of the data would take 8 MiB of memory")
+
+    method = SimpleNamespace(teacher=Wide(), loop=SimpleNamespace(settings=LoopSettings()))
+    added: list[int] = []
+
+    class Data:
+        def __len__(self):
+            return len(captions)
+
+        def captions(self):
+            return captions
+
+        def add_embeddings(self, found, rows):
+            added.append(len(found))
+
+    for nodes in (2, 1):  # two ranks, on two machines or on one
+        plugin = SimpleNamespace(train_step_context=contextlib.nullcontext)
+        about = {"world_size": 2, "num_nodes": nodes, "max_steps": 9, "precision_plugin": plugin}
+        method._trainer = method.trainer = SimpleNamespace(**about)
+        embedding._embed(method, Data(), 2)
+    assert added == [4]
+
+
+def test_captions_are_read_without_latents(shards):
+    data = latents(str(shards), batch_size=4).dataset
+    expected = {data.caption(data.shards.read(i)) for i in range(len(data))}
+    kept, read = data.shards._kept, []
+    data.shards._kept = SimpleNamespace(
+        read=lambda path, offset, size: read.append(size) or kept.read(path, offset, size)
+    )
+    assert set(data.captions()) == expected
+    assert sum(read) <= sum(len(caption.encode()) + 1 for caption in expected) * 2
+
+
+@pytest.mark.parametrize("max_steps", [20, -1])
+def test_trainings_in_python_embed_once(max_steps, pipelines, shards, tmp_path, monkeypatch):
+    """With `load_data`, also without an end, and with text encoders that are loaded when needed."""
+    path = f"data.path={shards}"
+    settings = distill.compose(
+        "method=ladd", f"teacher.path={pipelines('mmdit')}", path, "data=latents",
+        "data.embed_once=true", "data.batch_size=4",
+    )  # fmt: skip
+    teacher = families.teacher_at(pipelines("mmdit"), deferred=["text_encoder"])
+    asked, encode = [], type(teacher)._encode
+    monkeypatch.setattr(
+        type(teacher),
+        "_encode",
+        lambda self, batch: asked.append(len(batch)) or encode(self, batch),
+    )
+    method, data = tiny.ladd(teacher), distill.load_data(settings, teacher)
+    count = math.ceil(len(data.source.dataset.captions()) / 4)
+    parts = [name for name in teacher.pipeline.components if name.startswith("text_encoder")]
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 2
+
+    for _ in range(2):  # the second may be of another teacher or precision, and embeds anew
+        asked.clear()
+        tiny.trainer(tmp_path, max_steps, Stop()).fit(method, data)
+        assert asked.count(4) == count
+        assert [getattr(teacher.pipeline, name) for name in parts] == [None] * len(parts)
 
 
 def test_embedded_captions_leave_a_run_as_it_is(command, pipelines, shards, tmp_path, monkeypatch):

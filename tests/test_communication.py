@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,29 +17,26 @@ from distill.core.limits import check_reduction
 from distill.training.averaging import start_averaging
 from distill.training.launch import _free_port
 
-WORKER = Path(__file__).with_name("communication_worker.py")
 ENCODER = 6  # units up to the end of the middle block; the rest of the network is gathered as one
 ALL = 12
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> list[dict[str, Any]]:
+def seen(forks, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
     started = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(folder)],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
+        forks.begin(
+            "communication_worker:main",
+            str(folder),
+            environment={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": str(rank)},
+            err=folder / f"said_{rank}.txt",
         )
         for rank in (0, 1)
     ]
     for process in started:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err[-3000:]
+        assert process.wait(timeout=240) == 0, process.said()[-3000:]
     return [json.loads((folder / f"{r}.json").read_text(encoding="utf-8")) for r in (0, 1)]
 
 
@@ -121,7 +115,7 @@ def started(method: Any, draws: list[Any]) -> list[tuple[list[Any], bool]]:
         same_heads=method.same_heads,
         trainer=SimpleNamespace(strategy=Strategy()),
     )
-    start_averaging(method, method.heads, draws)
+    start_averaging(method, [method.heads], draws)
     return calls
 
 

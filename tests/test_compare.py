@@ -12,15 +12,19 @@ import re
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torchvision.utils import save_image
 
+from distill.evaluation.results import packed
 from distill.evaluation.tables import as_markdown
 from distill.report import write_report
-from distill.report.comparison import _headline, _pictures
+from distill.report.along_runs import curves_of
+from distill.report.comparison import _pictures
 from distill.report.curves import read
+from distill.report.differences import differences, headline, notes
 from distill.report.runs import grouped, lines_of, read_run, text_table
 from distill.training.csv_logger import CsvLog
 
@@ -83,7 +87,13 @@ def test_seeds_of_one_setting_make_a_group(written):
     line = next(line for line in lines_of(groups) if (line.group, line.steps) == ("m=1.0", 1))
     values = [0.51, 0.61, 0.71]
     assert line.mean("prompt_accuracy") == pytest.approx(statistics.mean(values))
-    assert line.formatted("prompt_accuracy", "{:.4f}") == f"0.6100 ± {statistics.stdev(values):.4f}"
+    spread = statistics.stdev(values)
+    # no outcomes of prompts: over three seeds alone, by Student's t with two degrees of freedom
+    low, high = (0.61 + sign * 4.3027 * spread / 3**0.5 for sign in (-1, 1))
+    text = line.formatted("prompt_accuracy", "{:.4f}")
+    assert text.startswith(f"0.6100 ± {spread:.4f} [")
+    ends = [float(x) for x in text.partition("[")[2].rstrip("]").split(",")]
+    assert ends == pytest.approx([low, high], abs=0.005)
     teacher = [line for line in lines_of(groups) if line.who == "teacher"]
     assert [(line.steps, line.values["prompt_accuracy"]) for line in teacher] == [
         (28, [pytest.approx(0.9)])
@@ -164,17 +174,133 @@ def test_the_teacher_of_most_steps_is_drawn_whoever_judged_it(written):
 
 def test_the_best_is_told_by_the_fewest_steps_that_were_judged(written):
     run = read_run(written("a", LADD, 0, 0.4))
-    tile, said = _headline(lines_of({"LADD": [run]}))
+    tile, said = headline(lines_of({"LADD": [run]}))
     assert (tile, said) == (
-        ("Best with 1 step", "41.0%", "LADD"),
-        "LADD is best with 1 step: prompts right 41.0%.",
+        ("With 1 step", "41.0%", "LADD"),
+        "LADD with 1 step: prompts right 41.0%.",
     )
     del run.rows[1]
-    tile, said = _headline(lines_of({"LADD": [run]}))
+    tile, said = headline(lines_of({"LADD": [run]}))
     assert (tile, said) == (
-        ("Best with 4 steps", "44.0%", "LADD"),
-        "LADD is best with 4 steps: prompts right 44.0%.",
+        ("With 4 steps", "44.0%", "LADD"),
+        "LADD with 4 steps: prompts right 44.0%.",
     )
+
+
+# -- what stands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(written):
+    """Write runs of one method with outcomes: its node, one-step accuracy of each seed, prompts."""
+
+    def write(name, method, accuracies, prompts=200, **more):
+        folders = []
+        for seed, accuracy in enumerate(accuracies):
+            folder = written(f"{name}{seed}", method, seed, accuracy, **more)
+            right = np.zeros(prompts)
+            right[: round(accuracy * prompts)] = 1  # the same prompts are the hard ones, always
+            file = folder / "evaluation.json"
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            for row in evaluation["rows"]:
+                row["prompt_accuracy"] = right.mean()
+                row["outcomes"] = packed({"prompt_accuracy": right})
+            evaluation["protocol"] = {"prompts": prompts}
+            file.write_text(json.dumps(evaluation), encoding="utf-8")
+            folders.append(folder)
+        return [read_run(folder) for folder in folders]
+
+    return write
+
+
+def test_the_headline_says_best_only_of_a_difference_that_stands(judged):
+    better = judged("l", LADD, [0.80, 0.81, 0.82])
+    worse = judged("a", ADD, [0.60, 0.61, 0.62])
+    lines = lines_of({"LADD": better, "ADD": worse})
+    tile, said = headline(lines)
+    assert tile[::2] == ("Best with 1 step", "LADD")
+    assert said.startswith("LADD is best with 1 step: prompts right 81.0% ± 1.0% [")
+    first = differences(lines)[0]
+    assert (first.words, first.over) == ("LADD is better", "3 and 3 seeds, 200 prompts")
+    assert first.interval.low < 0.2 < first.interval.high
+    assert list(notes(lines)) == [  # the distance has none here
+        "Interval over seeds alone, for want of outcomes of single prompts: fréchet distance of"
+        " LADD, ADD."
+    ]
+    # Of seeds that differ as much as the groups, nothing is shown.
+    lines = lines_of({"LADD": better, "ADD": judged("w", ADD, [0.40, 0.80, 0.90])})
+    tile, said = headline(lines)
+    assert tile[0] == "Best mean with 1 step"
+    assert "is best" not in said
+    assert "no difference is shown between LADD" in said
+
+
+def test_equal_zeros_make_nobody_the_best(judged):
+    """Found on runs of eight prompts: "ADD is best: prompts right 0.0%"."""
+    groups = {"ADD": judged("a", ADD, [0.0], 8), "LADD": judged("l", LADD, [0.0], 8)}
+    _, said = headline(lines_of(groups))
+    assert "is best" not in said
+    assert "no difference is shown between ADD" in said
+
+
+def test_a_difference_of_single_seeds_is_one_of_these_runs_alone(judged):
+    groups = {"LADD": judged("l", LADD, [0.9]), "ADD": judged("a", ADD, [0.5])}
+    lines = lines_of(groups)
+    assert differences(lines)[0].words == (
+        "shown for these runs, not for their settings: fewer than 3 seeds"
+    )
+    assert headline(lines)[0][0] == "Best mean with 1 step"
+    assert "Interval over prompts alone, for one seed: prompts right of LADD, ADD." in notes(lines)
+
+
+def test_runs_of_one_seed_count_once(judged):
+    """Three copies of a run are no three seeds."""
+    runs = judged("l", LADD, [0.9, 0.91, 0.92])
+    for run in runs:
+        run.config["seed"] = 0
+    lines = lines_of({"LADD": runs, "ADD": judged("a", ADD, [0.5, 0.51, 0.52])})
+    assert not differences(lines)[0].stands
+    assert differences(lines)[0].seeds == [1, 3]
+
+
+def test_other_prompts_are_not_compared(judged):
+    groups = {"LADD": judged("l", LADD, [0.8] * 3), "ADD": judged("a", ADD, [0.5] * 3, prompts=100)}
+    found = differences(lines_of(groups))[0]
+    assert found.words == "no interval: evaluated by different protocols"
+    assert not found.stands
+
+
+def test_outcomes_that_are_no_numbers_are_damage(judged, tmp_path):
+    (run,) = judged("l", LADD, [0.5])
+    file = run.folder / "evaluation.json"
+    text = file.read_text(encoding="utf-8")
+    for wrong in ("1 x", "1 nan", "1 inf"):
+        file.write_text(re.sub(r'"1 1[ 01]*"', f'"{wrong}"', text), encoding="utf-8")
+        with pytest.raises(ValueError, match="outcomes"):
+            read_run(run.folder)
+
+
+def test_scores_along_the_runs_are_curves_with_a_band(judged, command, tmp_path):
+    runs = judged("l", LADD, [0.8, 0.9])
+    for i, run in enumerate(runs):
+        rows = [
+            f"{step},{16 * step},{60 * step * (i + 1)},{0.1 * step + 0.02 * i}" for step in (0, 5)
+        ]
+        text = "\n".join(["step,images_seen,train_seconds,prompt_accuracy", *rows, ""])
+        (run.folder / "scores.csv").write_text(text, encoding="utf-8")
+    tables = [read(run.folder / "scores.csv")[0] for run in runs]
+    curve = curves_of({"LADD": tables}, "prompt_accuracy", "train_seconds")["LADD"]
+    assert curve.x.tolist() == [0.0, 7.5]  # minutes, the mean of 5 and 10
+    assert curve.low == pytest.approx([0.0, 0.5])
+    assert curve.high == pytest.approx([0.02, 0.52])
+    code, _, err = command("compare", f"runs={tmp_path}/runs", f"out={tmp_path / 'out'}")
+    assert code == 0, err
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert page.count("Prompts right ↑ along the run</h3>") == 2
+    assert "By training minutes" in page
+    assert "By thousand pictures seen" in page
+    (runs[0].folder / "scores.csv").write_text("", encoding="utf-8")
+    assert command("compare", f"runs={tmp_path}/runs", f"out={tmp_path / 'out'}")[0] == 0
 
 
 def test_another_class_is_one_difference(written):
@@ -198,13 +324,15 @@ def test_the_command_writes_a_page_that_needs_nothing_else(written, command, tmp
     html = (out / "compare.html").read_text(encoding="utf-8")
     assert not re.findall(r'(?:src|href)="(?!data:)[^"]+"', html)  # nothing is fetched
     assert "$" not in re.sub(r"<script>.*?</script>|base64,[^\"]+", "", html, flags=re.S)
-    assert "LADD is best with 1 step: prompts right 51.0% ± 0.0%." in html
+    assert "No group is shown to be best with 1 step." in html
+    assert "no interval: single seeds, and no outcomes of single prompts" in html
     rows = list(csv.DictReader((out / "compare.csv").open(encoding="utf-8")))
     assert len(rows) == 3 * 3
     assert {row["group"] for row in rows} == {"LADD", "ADD"}
     table = (out / "compare.md").read_text(encoding="utf-8")
     assert table in printed
-    assert table.count("\n") == 2 + 1 + 2 * 2
+    first = table.partition("\n\n")[0]
+    assert first.count("\n") == 2 + 2 * 2
     grid = re.search(r'<table class="grid">.*?</table>', html, re.S)[0]
     assert grid.count("<th>") == 1 + 2 * 2  # the teacher once, each group at each number of steps
     assert grid.count("<img") == 4 * 5
@@ -254,6 +382,18 @@ DAMAGE = {
     "run.json": ("{", "[1]", '{"train_seconds": "long"}'),
     "config.yaml": ("{", "junk", "a: [b", "\x00\x01"),
 }
+
+
+def test_scores_too_large_for_a_spread_are_left_out(command, written, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        run = written(name, LADD, seed, 0.5)
+        found = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        for row in found["rows"]:
+            row["kid"] = 1e308
+        (run / "evaluation.json").write_text(json.dumps(found), encoding="utf-8")
+    code, out, err = command("compare", "runs=runs/*")
+    assert (code, err) == (0, "")
+    assert "KID" not in out
 
 
 @pytest.mark.parametrize(
@@ -325,3 +465,37 @@ def test_a_cell_of_a_table_that_cannot_be_read_costs_its_row_alone(tmp_path):
     with pytest.raises(ValueError, match="its first line is no header"):
         CsvLog(str(tmp_path))
     assert "metrics.csv cannot be shown" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_judge_gives_win_rates_and_ratings(judged, command, tmp_path):
+    judged("ladd", LADD, (0.8, 0.81, 0.82))
+    judged("add", ADD, (0.4, 0.41, 0.42))
+    out = tmp_path / "out"
+    code, printed, err = command("compare", f"runs={tmp_path}/runs", "judge=reader", f"out={out}")
+    assert code == 0, err
+    assert "ELO" in printed
+    with open(out / "wins.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wins = [r for r in rows if r["measure"] == "win_rate" and "teacher" not in r["model"]]
+    (one,) = [r for r in wins if r["model"].endswith("1 step") and r["against"].endswith("1 step")]
+    # the better one is right at 40 % of the prompts more, and ties at the others
+    better = float(one["value"]) if "LADD" in one["model"] else 1 - float(one["value"])
+    assert better == pytest.approx(0.7)
+    assert float(one["low"]) < float(one["value"]) < float(one["high"])
+    (verdict,) = json.loads((out / "wins.json").read_text(encoding="utf-8"))["verdicts"]
+    assert verdict["judge"] == "reader"
+    found = {(w["model"], w["against"]): w for w in verdict["win_rates"]}
+    same = found[one["model"], one["against"]]
+    ends = ("value", "low", "high")
+    assert [same[end] for end in ends] == pytest.approx([float(one[end]) for end in ends])
+    assert {r["model"] for r in verdict["elo"]} == {m for pair in found for m in pair}
+
+
+@pytest.mark.parametrize("judge", ["nobody", "pick_score"])
+def test_a_judge_without_outcomes_is_one_sentence(judge, judged, command, tmp_path):
+    judged("ladd", LADD, (0.8, 0.81))
+    out = tmp_path / "out"
+    code, _, err = command("compare", f"runs={tmp_path}/runs", f"judge={judge}", f"out={out}")
+    assert code == 1
+    assert f"judge={judge}: " in err
+    assert not (out / "compare.md").exists()

@@ -18,7 +18,8 @@ from PIL import Image
 
 from distill.data import datasets, decode
 from distill.data.datasets import ImageShards, LatentShards, Samples
-from distill.data.shards import Shards, expand
+from distill.data.named import expand
+from distill.data.shards import Shards
 from distill.data.source import Loader, Order, Source, permutation, prompts
 from distill.data.write import write_images, write_latents
 from distill.machine.hardware import cores
@@ -370,8 +371,8 @@ def test_expand_says_what_is_missing(tmp_path):
     for path, message in [
         ("", "data.path='': must be a folder"),
         ("x-{0..1.tar", "do not pair"),
-        ("pipe:rm -rf x", "on a local disk"),
-        ("https://host/x.tar", "on a local disk"),
+        ("pipe:rm -rf x", "must be a folder"),
+        ("ftp://host/x.tar", "is no address that is read"),
     ]:
         with pytest.raises(ValueError, match=message):
             expand(path)

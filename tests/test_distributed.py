@@ -1,17 +1,15 @@
 """Two processes and one: the same losses and weights, whole and cut-up checkpoints, any number
 going on from any other.
 
-The workers are processes of their own on gloo; each writes what it ended with into a file that the
-test reads.
+The workers are processes of their own on gloo, forks of one that has imported everything; each
+writes what it ended with into a file that the test reads.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,44 +17,60 @@ import torch
 
 import tiny
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+PLAYERS = ("student", "heads", "fake_score", "ema")
 
 
-def run(folder: Path, *, processes: int, **options) -> list[dict]:
-    """Train in so many processes; what each of them ended with."""
-    launch(folder, processes=processes, **options)
-    return [torch.load(folder / f"end_{rank}.pt", weights_only=True) for rank in range(processes)]
-
-
-def launch(folder: Path, *, processes: int, **options) -> None:
+def launcher(forks) -> Callable[..., None]:
     """Start so many workers, and wait for them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    from distill.training.launch import _free_port
 
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
-    workers = []
-    for rank in range(processes):
-        own = {
-            "LOCAL_RANK": str(rank),
-            "RANK": str(rank),
-            "NODE_RANK": "0",
-            "WORLD_SIZE": str(processes),
-        }
-        asked = json.dumps({"folder": str(folder), "processes": processes, **options})
-        environment = {**os.environ, **shared, **own}
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, WORKER, asked],
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
+    def launch(folder: Path, *, processes: int, **options) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        from distill.training.launch import _free_port
+
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        asked = {"folder": str(folder), "processes": processes, **options}
+        workers = []
+        for rank in range(processes):
+            own = {
+                "LOCAL_RANK": str(rank),
+                "RANK": str(rank),
+                "NODE_RANK": "0",
+                "WORLD_SIZE": str(processes),
+            }
+            workers.append(
+                forks.begin(
+                    "distributed_worker:main",
+                    asked,
+                    environment={**os.environ, **shared, "OMP_NUM_THREADS": "1", **own},
+                    err=folder / f"said_{rank}.txt",
+                )
             )
-        )
-    for worker in workers:
-        slow = "jobs" in options or "compile" in options
-        _, err = worker.communicate(timeout=900 if slow else 240)
-        assert worker.returncode == 0, err[-3000:]
+        for worker in workers:
+            slow = "jobs" in options or "compile" in options
+            assert worker.wait(timeout=900 if slow else 240) == 0, worker.said()[-3000:]
+
+    return launch
+
+
+def trainer_in(launch: Callable[..., None]) -> Callable[..., list[dict]]:
+    """Train in so many processes; what each of them ended with."""
+
+    def run(folder: Path, *, processes: int, **options) -> list[dict]:
+        launch(folder, processes=processes, **options)
+        files = [folder / f"end_{rank}.pt" for rank in range(processes)]
+        return [torch.load(file, weights_only=True) for file in files]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def launch(forks) -> Callable[..., None]:
+    return launcher(forks)
+
+
+@pytest.fixture(scope="module")
+def run(launch) -> Callable[..., list[dict]]:
+    return trainer_in(launch)
 
 
 def assert_close(a: dict, b: dict, what: str) -> None:
@@ -68,7 +82,7 @@ def assert_close(a: dict, b: dict, what: str) -> None:
 
 
 def assert_same_end(one: dict, other: dict) -> None:
-    for what in ("student", "heads", "ema"):
+    for what in PLAYERS:
         assert_close(one[what], other[what], what)
     assert one["losses"].keys() == other["losses"].keys()
     for name, values in one["losses"].items():
@@ -81,11 +95,12 @@ def assert_same_end(one: dict, other: dict) -> None:
 @pytest.fixture(scope="module")
 def parts(pipelines, shards) -> dict[str, str]:
     """What all processes are told, but for the method."""
-    return {"teacher": str(pipelines("mmdit")), "data": str(shards), "eyes": str(tiny.vit())}
+    folders = {"teacher": str(pipelines("mmdit")), "unet": str(pipelines("unet"))}
+    return {**folders, "data": str(shards), "eyes": str(tiny.vit())}
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, parts):
+def alone(tmp_path_factory, run, parts):
     """Method -> what one process ends with by two micro-batches of two: the others' batch, with the
     same noise.
     """
@@ -114,13 +129,13 @@ def test_training_moves_far_enough_to_tell_runs_apart(method, alone, teachers):
 
 @each_method
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_give_what_one_gives(strategy, method, alone, parts, tmp_path):
+def test_two_processes_give_what_one_gives(strategy, method, alone, run, parts, tmp_path):
     """Local batch norm sees each process's own samples, which are those of one micro-batch of the
     lone process.
     """
     ends = run(tmp_path, processes=2, strategy=strategy, method=method, **parts)
     assert_same_end(ends[0], alone(method))
-    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in PLAYERS)
 
 
 # Every documented option of every method that is not its default in `tiny`, several of them in a
@@ -167,6 +182,22 @@ OPTIONS = {
             "loss": "relativistic",
         },
     },
+    "add_across_families": {
+        "method": "add",
+        "options": {"distill": {"guidance": 2.0}},
+        "score_teacher": "unet",
+    },
+    "regression_buckets": {
+        "method": "regression",
+        "options": {
+            "real": {
+                "levels": [1.0, 0.5],
+                "fresh": False,
+                "buckets": [[64, 64], [64, 32], [32, 64]],
+                "shares": [1, 2, 1],
+            }
+        },
+    },
     "nitrofusion_unshared": {
         "method": "nitrofusion",
         "options": {
@@ -188,6 +219,20 @@ OPTIONS = {
             "shared": False,
         },
     },
+    "dmd2_four_steps": {
+        "method": "dmd2",
+        "options": {
+            "levels": [1.0, 0.75, 0.5, 0.25],
+            "regression_weight": 0.5,
+            "real": {"levels": [1.0, 0.5]},
+        },
+        "discriminator_updates": 2,
+    },
+    "dmd2_lora_without_heads": {
+        "method": "dmd2",
+        "options": {"adversarial_weight": 0.0, "discriminator_weight": 0.0},
+        "lora": {"rank": 4},
+    },
     "consistency_huber": {"method": "consistency", "options": {"huber": 0.00054}},
 }
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -200,7 +245,7 @@ FEW = {name: JOBS[name] for name in ("ladd_distill_32-true", "nitrofusion_unshar
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, parts):
+def ends(tmp_path_factory, launch, parts):
     """How (one process, one under fsdp2, or two) and which jobs -> what each job's processes ended
     with.
     """
@@ -253,16 +298,16 @@ def test_two_processes_give_what_one_gives_with_every_option(job, how, ends, tea
 def assert_agree(several: list[dict], one: dict) -> None:
     assert_same_end(several[0], one)
     for other in several[1:]:
-        assert all(tiny.same(several[0][what], other[what]) for what in ("student", "heads", "ema"))
+        assert all(tiny.same(several[0][what], other[what]) for what in PLAYERS)
 
 
 def assert_near(end: dict, other: dict, before: dict) -> None:
     """Gathered weights are bfloat16, those of norms too, and lie elsewhere in memory: 2 to 6 % of
-    the way that the student has gone. A change of its first weights by one part in a million leaves
-    2 to 4 %."""
+    the way that the student has gone, 11 % through a second teacher and its decoder. A change of
+    its first weights by one part in a million leaves 2 to 4 %."""
     way = {k: (end["student"][k] - before[k], other["student"][k] - before[k]) for k in before}
     a, b = (torch.cat([pair[i].flatten() for pair in way.values()]) for i in (0, 1))
-    assert float((a - b).norm()) < 0.1 * float(b.norm())
+    assert float((a - b).norm()) < 0.15 * float(b.norm())
     for name, head in end["heads"].items():
         torch.testing.assert_close(head, other["heads"][name], rtol=1e-2, atol=2e-3)
     assert end["losses"].keys() == other["losses"].keys()
@@ -273,8 +318,8 @@ def assert_near(end: dict, other: dict, before: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
-def test_micro_batches_of_two_processes_are_those_of_one(method, parts, tmp_path):
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion", "dmd2"])
+def test_micro_batches_of_two_processes_are_those_of_one(method, run, parts, tmp_path):
     """Only the last backward pass communicates under ddp; under fsdp2 each one does."""
     options = {"method": method, **parts}
     one = run(tmp_path / "one", processes=1, accumulate=4, **options)[0]
@@ -284,8 +329,8 @@ def test_micro_batches_of_two_processes_are_those_of_one(method, parts, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
-def test_two_processes_train_a_unet_as_one_does(method, pipelines, parts, tmp_path):
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion", "dmd2"])
+def test_two_processes_train_a_unet_as_one_does(method, pipelines, run, parts, tmp_path):
     """Its units are blocks, and the pass of NitroFusion's features ends in the middle."""
     options = {**parts, "method": method, "family": "unet", "teacher": str(pipelines("unet"))}
     one = run(tmp_path / "one", processes=1, accumulate=2, **options)[0]
@@ -294,16 +339,16 @@ def test_two_processes_train_a_unet_as_one_does(method, pipelines, parts, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_reduced", "fsdp2_reduced"])
-def test_gradients_summed_in_bfloat16_lead_nearby(strategy, alone, parts, teachers, tmp_path):
+def test_gradients_summed_in_bfloat16_lead_nearby(strategy, alone, run, parts, teachers, tmp_path):
     ends = run(tmp_path, processes=2, strategy=strategy, method="ladd", **parts)
     assert_near(ends[0], alone("ladd"), tiny.weights(teachers("mmdit").network))
-    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in PLAYERS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "fsdp2", "fsdp2_parts"])
 @pytest.mark.parametrize("then", ["one", "ddp", "fsdp2"])
-def test_any_number_goes_on_from_any_other(first, then, alone, parts, tmp_path):
+def test_any_number_goes_on_from_any_other(first, then, alone, run, parts, tmp_path):
     parts = {**parts, "method": "ladd"}
     run(tmp_path / "first", processes=2, strategy=first, save_at=2, **parts)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
@@ -313,7 +358,7 @@ def test_any_number_goes_on_from_any_other(first, then, alone, parts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("then", ["ddp", "fsdp2"])
-def test_two_go_on_from_one(then, alone, parts, tmp_path):
+def test_two_go_on_from_one(then, alone, run, parts, tmp_path):
     parts = {**parts, "method": "add"}
     run(tmp_path / "first", processes=1, accumulate=2, save_at=2, **parts)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
@@ -321,8 +366,36 @@ def test_two_go_on_from_one(then, alone, parts, tmp_path):
     assert_same_end(ends[0], alone("add"))
 
 
+@pytest.fixture(scope="module")
+def four_alone(tmp_path_factory, run, parts):
+    """What one process ends with by four micro-batches of two: the batch of four processes."""
+    folder = tmp_path_factory.mktemp("four_alone")
+    return run(folder, processes=1, accumulate=4, method="ladd", **parts)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2_replicas", "fsdp2_replicas_parts"])
+def test_four_processes_in_two_replicas_give_what_one_gives(
+    strategy, four_alone, run, parts, tmp_path
+):
+    """Each pair holds everything once; checkpoints in parts have the parts of one pair."""
+    parts = {**parts, "method": "ladd"}
+    first = run(tmp_path / "first", processes=4, strategy=strategy, save_at=2, **parts)
+    assert all(tiny.same(first[0][what], first[3][what]) for what in PLAYERS)
+    saved = tmp_path / "first" / "step_000002.ckpt"
+    if strategy.endswith("parts"):
+        assert sorted(f.name for f in saved.iterdir()) == [
+            "00000_of_00002.pt",
+            "00001_of_00002.pt",
+        ]
+    then = {"processes": 4, "strategy": strategy, "resume": str(saved)}
+    assert_same_end(run(tmp_path / "then", **then, **parts)[0], four_alone)
+    one = {"processes": 1, "accumulate": 4, "resume": str(saved)}
+    assert_same_end(run(tmp_path / "one", **one, **parts)[0], four_alone)
+
+
 @each_method
-def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_path):
+def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, run, parts, tmp_path):
     ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], method=method, **parts)
     assert [end["skipped"] for end in ends] == [1, 1]
     assert all(torch.isfinite(v).all() for end in ends for v in end["student"].values())
@@ -331,20 +404,22 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, parts, tmp_pa
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, parts, tmp_path):
+def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, run, parts, tmp_path):
     """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is
     what it was.
     """
     options = {"method": "ladd", "lora": {"rank": 4, "checkpointing": strategy == "fsdp2"}, **parts}
     ends = run(tmp_path, processes=2, strategy=strategy, **options)
     assert_same_end(ends[0], alone_with_a_lora)
-    assert all(tiny.same(ends[0][what], ends[1][what]) for what in ("student", "heads", "ema"))
+    assert all(tiny.same(ends[0][what], ends[1][what]) for what in PLAYERS)
     assert all("lora" in name for name in ends[0]["student"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_compiled_blocks(strategy, alone, alone_with_a_lora, parts, tmp_path):
+def test_two_processes_train_compiled_blocks(
+    strategy, alone, alone_with_a_lora, run, parts, tmp_path
+):
     """Blocks are sharded before they are compiled, and taps end passes within the network."""
     options = {"processes": 2, "strategy": strategy, "method": "ladd", "compile": True, **parts}
     assert_same_end(run(tmp_path / "full", **options)[0], alone("ladd"))
@@ -353,7 +428,7 @@ def test_two_processes_train_compiled_blocks(strategy, alone, alone_with_a_lora,
 
 
 @pytest.mark.slow
-def test_a_lora_goes_on_from_parts(alone_with_a_lora, parts, tmp_path):
+def test_a_lora_goes_on_from_parts(alone_with_a_lora, run, parts, tmp_path):
     options = {"processes": 2, "method": "ladd", "lora": {"rank": 4}, **parts}
     run(tmp_path / "first", strategy="fsdp2_parts", save_at=2, **options)
     saved = str(tmp_path / "first" / "step_000002.ckpt")
@@ -363,7 +438,7 @@ def test_a_lora_goes_on_from_parts(alone_with_a_lora, parts, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def alone_with_a_lora(tmp_path_factory, parts):
+def alone_with_a_lora(tmp_path_factory, run, parts):
     return run(
         tmp_path_factory.mktemp("lora"),
         processes=1,

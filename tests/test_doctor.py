@@ -204,3 +204,36 @@ def test_shared_memory_is_held_against_the_workers(data, level, said):
 def test_frozen_weights_are_counted_as_training_holds_them(precision, accelerator, width, expected):
     cfg = OmegaConf.create({"trainer": {"precision": precision, "accelerator": accelerator}})
     assert doctor.frozen_width(cfg, width) == expected
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_adapters_of_a_lora_are_counted_from_headers(rank, family, pipelines):
+    """As many as a student has; and its state, average and gradient by the chosen options."""
+    from distill.machine import budget
+    from distill.students.lora import lora
+    from families import teacher_at
+
+    teacher = teacher_at(pipelines(family))
+    part = "transformer" if teacher.part == "transformer" else "unet"
+    shapes = sizes.shapes(teacher.folder / part)
+    count = budget.adapters(shapes, doctor.targets_of(type(teacher)), rank)
+    student = lora(teacher, rank=rank)
+    assert count == sum(p.numel() for p in student.parameters())
+
+
+def test_optimizers_and_averages_are_counted_by_their_kind():
+    from distill.machine import budget
+
+    ours = "distill.training.optimizers."
+    adam = {"_target_": "torch.optim.AdamW", "betas": [0.0, 0.99]}
+    assert budget.trained_bytes(adam, {}) == (20, 0)
+    assert budget.trained_bytes(adam, {"ema_device": "cpu"}) == (16, 4)
+    both = {"ema_device": "cpu", "optimizer_device": "cpu"}
+    assert budget.trained_bytes(adam, both) == (8, 20)
+    eight = budget.state_bytes({"_target_": f"{ours}adamw8bit"})
+    assert 2 < eight < 2.1
+    prodigy = {"_target_": f"{ours}prodigy", "betas": [0.0, 0.99], "slice_p": 1}
+    assert budget.state_bytes(prodigy) == 12
+    assert budget.frozen_bytes(2, "int8") == 1
+    assert budget.frozen_bytes(2, "nf4") == 4.5 / 8
+    assert budget.frozen_bytes(2, None) == 2

@@ -38,8 +38,14 @@ CASES = {  # name -> how to make it, its options
         tiny.nitrofusion,
         {"shared": False, "warm_start": 2, "real": TeacherSamples(levels=[1.0, 0.5]), **EVERY},
     ),
+    "dmd2": (tiny.dmd2, {"levels": [1.0, 0.75, 0.5, 0.25]}),
+    "dmd2_regression": (
+        tiny.dmd2,
+        {"regression_weight": 0.5, "real": TeacherSamples(levels=[1.0, 0.5])},
+    ),
     "regression": (tiny.regression, {}),
     "consistency": (tiny.consistency, {}),
+    "dpo": (tiny.dpo, {}),
 }
 
 

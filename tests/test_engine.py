@@ -5,6 +5,8 @@ averages, exact resume.
 from __future__ import annotations
 
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import lightning as L
@@ -318,13 +320,16 @@ def test_checkpoint_holds_the_players_alone_and_no_code(make, teacher, tmp_path,
     kept = torch.load(path, weights_only=True)
     expected = {f"student.{name}" for name in method.student.state_dict()}
     expected |= {f"heads.{name}" for name in method.heads.state_dict()}
+    fake_score = method.fake_score or torch.nn.Identity()
+    expected |= {f"fake_score.{name}" for name in fake_score.state_dict()}
     assert set(kept["state_dict"]) == expected
     # the names that checkpoints of all versions have: without them old runs would not go on
     assert set(kept["distill"]) == {"iteration", "images_seen", "skipped", "ema"}
     assert set(kept["distill"]["ema"]) == {name for name, _ in method.student.named_parameters()}
-    assert len(kept["optimizer_states"]) == 1 + method.has_discriminator
+    assert len(kept["optimizer_states"]) == 1 + len(method.opponents)
     students = sum(p.numel() for p in method.student.parameters())
-    heads = sum(p.numel() for p in method.heads.parameters())
+    opponents = [*method.heads.parameters(), *fake_score.parameters()]
+    heads = sum(p.numel() for p in opponents)
     numbers = 4 * students + 3 * heads  # weights and two moments each, and the student's average
     numbers += sum(b.numel() for b in method.heads.buffers())
     assert path.stat().st_size < 1.1 * 4 * numbers + 300_000
@@ -336,6 +341,7 @@ def state(method, running):
     return {
         "student": tiny.weights(method.student),
         "heads": tiny.weights(method.heads),
+        "fake_score": tiny.weights(method.fake_score or torch.nn.Identity()),
         "ema": method.ema.state_dict(),
         "optimizers": [
             {
@@ -400,8 +406,9 @@ def test_resumed_run_is_the_uninterrupted_one(make, options, tmp_path):
     assert_same_state(state(resumed, running), expected)
 
 
-@pytest.mark.parametrize("make", METHODS)
-def test_resumed_run_on_a_pipeline_is_the_uninterrupted_one(make, teacher, tmp_path, shards):
+@pytest.mark.parametrize(("name", "family"), tiny.on_either(tiny.METHODS))
+def test_resumed_run_on_a_pipeline_is_the_uninterrupted_one(name, teacher, tmp_path, shards):
+    make = tiny.METHODS[name]
     data = source.latents(str(shards), batch_size=2)
     whole = make(teacher)
     running = tiny.trainer(tmp_path, 6)
@@ -496,3 +503,26 @@ def test_processes_tell_each_other_of_a_signal_on_their_own_device(tmp_path):
     checkpoints.on_train_batch_end(trainer, method)
     assert told == [("meta", "max"), "saved"]
     assert not loop.signalled
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_second_training_does_not_stop_by_the_signal_of_the_first(tmp_path):
+    """Neither alone nor with other ranks, which learn of it from the rows of the loop."""
+    method, checkpoints, steps = tiny.ladd(tiny.Toy()), Checkpoints(), []
+    checkpoints.folder = tmp_path / "checkpoints"
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, *_):
+            if method.step == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, *_):
+            steps.append((method.step, method.loop.own_signal))
+
+    loader = tiny.Stream(method.teacher, 4).loader()
+    tiny.trainer(tmp_path, 4, Stop(), checkpoints).fit(method, loader)
+    assert (method.step, checkpoints.stopped_by) == (2, signal.SIGTERM)
+    tiny.trainer(tmp_path, 3, Count(), checkpoints).fit(method, loader)
+    assert steps == [(2, 0), (3, 0), (4, 0)]
+    assert checkpoints.stopped_by is None

@@ -17,6 +17,7 @@ from PIL import Image
 import eyes
 import tiny
 from distill.evaluation import prompted
+from distill.evaluation.results import captions_digest, outcomes_of
 from distill.evaluation.shapes import Shapes
 from distill.evaluation.tables import MEASURES, rows_of
 from distill.report.evaluation import headline, table
@@ -103,10 +104,17 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     ]
     measures += ["clip_score", "clip_score_b32", "variety", "seconds_per_image"]
     for row in found["rows"]:
-        assert set(measures) | {"kid_std", "who", "steps"} == set(row)
+        assert set(measures) | {"kid_std", "who", "steps", "outcomes"} == set(row)
         assert all(np.isfinite(row[name]) for name in measures)
         assert row["fid"] > 0
         assert row["variety"] > 0
+        outcomes = outcomes_of(row)  # of every prompt, for the measures that are means over them
+        assert set(outcomes) == {
+            "fid", "fd_dinov2", "clip_score", "clip_score_b32", "pick_score", "hps",
+        }  # fmt: skip
+        for name, numbers in outcomes.items():
+            assert len(numbers) == 8
+            assert np.mean(numbers) == pytest.approx(row[name], rel=1e-4)
     assert set(measures) <= set(MEASURES)
     assert found["rows"][0] != found["rows"][1]
     protocol = found["protocol"]
@@ -127,6 +135,9 @@ def test_a_pipeline_is_judged_by_every_measure(judged, student, tmp_path):
     assert [path.name for path in pictures] == [
         f"{i:06d}.png" for i in range(8 + 6)
     ]  # and those for variety
+    captions = json.loads((pictures[0].parent / "captions.json").read_text(encoding="utf-8"))
+    assert protocol["data"].endswith(captions_digest(captions))
+    assert len(captions) == 8
     assert Image.open(tmp_path / "out" / "samples" / "comparison.png").size == (
         8 * 258 + 2,
         2 * 258 + 2,
@@ -387,6 +398,7 @@ def test_prompts_of_a_file_without_and_with_reference(judged, student, places, t
         "pick_score",
         "variety",
         "seconds_per_image",
+        "outcomes",
     }
     assert found["protocol"]["data"].startswith("prompts.txt, sha256 ")
     assert (found["protocol"]["prompts"], found["protocol"]["reference"]) == (5, "none")
@@ -456,7 +468,7 @@ def test_a_run_judges_itself_so_and_is_judged_again(
     assert code == 0, err
     assert "FID" in out
     page = (tmp_path / "compared" / "compare.html").read_text(encoding="utf-8")
-    assert re.search(r"best with \d+ steps?: ", page)
+    assert re.search(r"with \d+ steps?: fid \d", page)
 
 
 @pytest.mark.slow

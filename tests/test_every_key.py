@@ -23,9 +23,14 @@ from distill.config import validate
 from distill.config.compose import dotted
 
 OPTIONS = [  # of groups that no experiment takes
-    "data=images", "data=prompts", "data=synthetic", "data=renders", "metrics=coco5k",
+    "teacher=sdxl_instruct_pix2pix", "teacher=sd3_inpaint", "data=images", "data=prompts",
+    "data=synthetic", "data=renders", "logger=[wandb,mlflow,trackio]",
+    "metrics=coco5k",
     "student=lora",
-    "teacher=flux", "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "trainer=ddp",
+    "teacher=flux", "teacher=flux2", "teacher=flux2_klein",
+    "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "trainer=ddp",
+    "teacher=wan",
+    "teacher=z_image", "teacher=z_image_turbo", "teacher=qwen_image", "teacher=lumina2",
     "sampler=euler",
 ]  # fmt: skip
 WORDS = ["", *(f"experiment={name}" for name in recipes.names()), *OPTIONS]
@@ -40,6 +45,7 @@ WRONG: dict[type, list[Any]] = {  # kind of a value -> what can be none of that
 }
 # Where any sign is right: the place on the noise axis, and numbers of scores that scale or smooth
 # alone.
+MAPPINGS = {"logger.mlflow.tags"}  # the user's own names
 ANY_SIGN = {"method.renoise.m", "metrics.scores.cmmd.bandwidth", "metrics.scores.cmmd.times"}
 
 
@@ -62,6 +68,8 @@ def composed(word: str, here: Path) -> dict[str, Any]:
         data["path"] = lines if data["_target_"].endswith("prompts") else str(here / "x.tar")
     if (tree.get("metrics") or {}).get("path") == "???":
         tree["metrics"]["path"] = lines
+    if tree["teacher"]["path"] == "???":
+        tree["teacher"]["path"] = "an/id"
     if tree["teacher"].get("weights") == "few_step.safetensors":
         tree["teacher"]["weights"] = str(here / "few_step.safetensors")
     return tree
@@ -109,7 +117,8 @@ def wrong(tree: dict[str, Any], seen: set[tuple[str, Any]]) -> Iterator[tuple[st
         seen.add(place)
         yield f"{key}x", f"{last}x", 1
         for other in WRONG[type(value)]:
-            if not (other == -1e9 and key in ANY_SIGN):
+            own = isinstance(other, dict) and key in MAPPINGS
+            if not own and not (other == -1e9 and key in ANY_SIGN):
                 yield key, last, other
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 import families
 import tiny
+from distill.data.write import write_pairs
 
 CONF = Path(__file__).parents[1] / "conf" / "experiment"
 # Experiment -> the family of its teacher, its data, and what a tiny world needs besides.
@@ -24,6 +25,7 @@ EYES = ["discriminator.features.size=64", "discriminator.condition.text=teacher"
 IMAGES = ["data.size=64", "discriminator.condition.image=features"]
 LESS = ["loop.accumulate=2", "data.batch_size=2", "data.num_workers=0"]
 OPENED = ["method.warm_start=1"]  # of the two steps the first
+OF_FLUX = ["data.size=64", "teacher.size=64", "teacher.length=64", "student.rank=4"]
 EXPERIMENTS = {
     "add_m_sd15": ("unet", "pictures", [*EYES, *IMAGES]),
     "add_m_sd21": ("unet", "pictures", [*EYES, *IMAGES]),
@@ -31,10 +33,33 @@ EXPERIMENTS = {
     "sd3_turbo": ("mmdit", "latents", ["discriminator.heads.width=16"]),
     "sd35_turbo": ("sd35", "latents", ["discriminator.heads.width=16"]),
     "ladd_sdxl": ("sdxl", "latents", []),
+    "sdxl_dmd2": ("sdxl", "latents", []),
+    "sd_inpaint_turbo": ("sd_inpaint", "pictures", ["data.size=64"]),
+    "sdxl_inpaint_turbo": ("sdxl_inpaint", "pictures", ["data.size=64"]),
+    "instruct_pix2pix_turbo": ("instruct_pix2pix", "pairs", ["data.size=64"]),
+    "flux_fill_turbo": ("flux_fill", "pictures", OF_FLUX),
+    "kontext_turbo": ("flux_kontext", "pairs", OF_FLUX),
+    "dpo_sdxl": ("sdxl", "preferences", ["data.size=64", "student.rank=4"]),
     "nitrosd_realism": ("sdxl", "prompts", OPENED),
     "nitrosd_vibrant": ("sdxl", "prompts", OPENED),
 }
 SLOW = set(EXPERIMENTS) - {"sd3_turbo"}
+
+
+def write_preferences(path: Path) -> Path:
+    """Pictures of noise, each preferred to another."""
+    with tarfile.open(path, "w") as tar:
+        for i in range(8):
+            for n, side in enumerate(("winner", "loser")):
+                colours = np.random.default_rng([i, n]).integers(0, 256, (64, 64, 3), np.uint8)
+                Image.fromarray(colours).save(file := io.BytesIO(), "PNG")
+                member = tarfile.TarInfo(f"{i}.{side}.png")
+                member.size = len(file.getvalue())
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+            member = tarfile.TarInfo(f"{i}.txt")
+            member.size = len(caption := tiny.CAPTIONS[i].encode())
+            tar.addfile(member, io.BytesIO(caption))
+    return path
 
 
 @pytest.fixture
@@ -49,10 +74,15 @@ def data(shards, tmp_path):
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     (tmp_path / "prompts.txt").write_text("\n".join(tiny.CAPTIONS[:8]), encoding="utf-8")
+    grey = np.full((64, 64, 3), 90, np.uint8)
+    pairs = [(str(i), grey, grey + i, tiny.CAPTIONS[i], {}) for i in range(1, 9)]
+    write_pairs(f"{tmp_path}/pairs-%d.tar", pairs, 8)
     return {
+        "pairs": tmp_path / "pairs-0.tar",
         "pictures": tmp_path / "pictures.tar",
         "latents": shards,
         "prompts": tmp_path / "prompts.txt",
+        "preferences": write_preferences(tmp_path / "preferences.tar"),
     }
 
 
@@ -60,7 +90,9 @@ def data(shards, tmp_path):
 def teacher_of(pipelines, tmp_path):
     """Family -> the folder of its pipeline."""
     return lambda family: (
-        families.write(family, tmp_path / family) if family == "sd35" else pipelines(family)
+        pipelines(family)
+        if family in ("unet", "mmdit", "sdxl")
+        else families.write(family, tmp_path / family)
     )
 
 
@@ -91,10 +123,12 @@ def test_an_experiment_runs_two_steps(name, command, data, teacher_of, teachers,
     code, _, err = command("run", "debug=smoke", *arguments, *LESS, *where)
     assert code == 0, err
     with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["d/adv"]]
+        lost = "g/dpo" if kind == "preferences" else "d/adv"
+        rows = [row for row in csv.DictReader(file) if row[lost]]
     assert {int(float(row["step"])) for row in rows} == {1, 2}
     opened = EXPERIMENTS[name][2] is OPENED
-    assert [bool(row["g/adv"]) for row in rows] == [not opened, True]
+    if lost == "d/adv":
+        assert [bool(row["g/adv"]) for row in rows] == [not opened, True]
     assert all(float(row["g/grad_norm"]) > 0 for row in rows)
     assert (tmp_path / "run" / "report.html").is_file()
     scheduler = json.loads(

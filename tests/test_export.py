@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import warnings
@@ -494,7 +493,7 @@ def test_dtype_halves_a_file(run_of, command, tmp_path):
         ),
         ("unet", "full", ["to=lora"], "rank=null: run="),
         ("unet", "full", ["to=lora", "rank=0"], "rank=0: must be a whole number"),
-        ("unet", "full", ["to=onnx"], "run="),
+        ("unet", "full", ["to=gguf"], "run="),
     ],
 )
 def test_what_cannot_be_exported_is_said(family, student, options, said, run_of, command, tmp_path):
@@ -595,25 +594,30 @@ def hub():
     server.server_close()
 
 
-def pushed(hub, run, out):
-    """The command in a process of its own, as it reads the hub's address when it begins."""
-    place = f"http://127.0.0.1:{hub.server_port}"
-    environment = {**os.environ, "HF_ENDPOINT": place, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
-    asked = [f"run={run}", "to=hub", "repo=me/mine", f"out={out}"]
-    return subprocess.run(
-        [sys.executable, "-m", "distill.export", *asked],
-        env=environment,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+@pytest.fixture
+def pushed(hub, forks, tmp_path):
+    """The command in a process of its own, as it reads the hub's address when it begins -> exit
+    code, out, err.
+    """
+
+    def pushed(run, out):
+        known = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_x"}
+        done = forks.command(
+            "export",
+            [f"run={run}", "to=hub", "repo=me/mine", f"out={out}"],
+            environment={**os.environ, **known, "HF_HUB_OFFLINE": "0"},
+            out=tmp_path / "said_out.txt",
+            err=tmp_path / "said_err.txt",
+        )
+        return done.wait(timeout=300), done.said("out"), done.said("err")
+
+    return pushed
 
 
-def test_a_student_is_pushed_with_its_card(run_of, hub, tmp_path):
-    done = pushed(hub, run_of("unet", "full"), tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"wrote http://127.0.0.1:{hub.server_port}/me/mine\n")
+def test_a_student_is_pushed_with_its_card(run_of, hub, pushed, tmp_path):
+    code, said, err = pushed(run_of("unet", "full"), tmp_path / "out")
+    assert code == 0, err
+    assert said.endswith(f"wrote http://127.0.0.1:{hub.server_port}/me/mine\n")
     there = {str(p.relative_to(tmp_path / "out")): p for p in (tmp_path / "out").rglob("*")}
     files = {name: path.read_bytes() for name, path in there.items() if path.is_file()}
     assert hub.pushed == files
@@ -621,11 +625,25 @@ def test_a_student_is_pushed_with_its_card(run_of, hub, tmp_path):
     assert hub.visibility == "private"
 
 
-def test_a_push_that_fails_is_said_and_the_folder_stays(run_of, hub, tmp_path):
+def test_nothing_else_in_the_folder_is_pushed(run_of, hub, pushed, tmp_path):
+    """By default the run's own folder is pushed."""
+    run = Path(shutil.copytree(run_of("unet", "full"), tmp_path / "run"))
+    (tmp_path / "key").write_text("mine", encoding="utf-8")
+    (run / "student" / ".env").write_text("mine", encoding="utf-8")
+    (run / "student" / "LICENSE").symlink_to(tmp_path / "key")
+    (run / "student" / "tokenizer" / "key.json").symlink_to(tmp_path / "key")
+    code, _, err = pushed(run, "null")
+    assert code == 0, err
+    assert {"README.md", "model_index.json", "unet/config.json"} <= set(hub.pushed)
+    assert not {".env", "LICENSE", "tokenizer/key.json"} & set(hub.pushed)
+    assert not any(b"mine" in content for content in hub.pushed.values())
+
+
+def test_a_push_that_fails_is_said_and_the_folder_stays(run_of, hub, pushed, tmp_path):
     hub.full = True
-    done = pushed(hub, run_of("unet", "full"), tmp_path / "out")
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
+    code, _, err = pushed(run_of("unet", "full"), tmp_path / "out")
+    assert code == 1
+    last = err.splitlines()[-1]
     assert last.startswith("distill: repo=me/mine: cannot be pushed to (")
     assert last.endswith(f"then `hf upload me/mine {tmp_path / 'out'}`")
     assert (tmp_path / "out" / "model_index.json").is_file()

@@ -18,7 +18,7 @@ import tiny
 from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.sampling import Consistency, seeded
-from distill.storage import source_code
+from distill.storage import source_code, trusted
 
 DOCS = Path(__file__).parents[1] / "docs" / "how_to"
 SMOKE = ("debug=smoke", "~metrics", "data.num_workers=0", "callbacks.samples.every=100")
@@ -127,7 +127,7 @@ def test_the_teacher_of_the_page_is_distilled_sampled_and_exported(
     assert (255 * (image - expected)).abs().max() <= 1.01
     monkeypatch.setenv("DISTILL_TRUST", "")
     err = command("sample", "run=fast", "prompt=a star", "out=more")[2]
-    assert "run=fast holds a AuraFlowPipeline; known are FluxPipeline, " in err
+    assert "run=fast holds a AuraFlowPipeline; known are " in err
     assert "to use a family of yours set DISTILL_TRUST=<its package>" in err
 
 
@@ -188,6 +188,9 @@ def test_mistakes_with_the_page_s_teacher_are_reported(auraflow, command, shards
 LOSS = ("~method.loss", "+method.loss._target_=myparts.wasserstein", "method.r1_weight=1e-5")
 WRONG = "+callbacks.norms._target_=myparts.Arrays"
 NORMS = ("+callbacks.norms._target_=myparts.Norms", "+callbacks.norms.every=1")
+SIGN = "{_target_: myparts.Signs, _partial_: true, lr: 1e-5}"
+SIGNS = ("~optimizer.student", f"+optimizer.student={SIGN}")
+DIARY = ("+logger.diary={_target_: myparts.Diary, _partial_: true}",)
 
 
 @pytest.fixture
@@ -206,14 +209,20 @@ def parts(user_module, tmp_path, pipelines):
     return [*data, *SMOKE, f"teacher.path={pipelines('mmdit')}", "run_dir=run"]
 
 
-def test_a_run_uses_the_data_loss_and_callback_of_the_page(parts, command, tmp_path, monkeypatch):
+def test_a_run_uses_all_parts_of_the_page(parts, command, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_TRUST", "myparts")
-    code, _, err = command("run", *parts, *LOSS, *NORMS)
+    code, _, err = command("run", *parts, *LOSS, *NORMS, *SIGNS, *DIARY)
     assert code == 0, err
+    diary = (tmp_path / "run" / "diary.txt").read_text(encoding="utf-8")
+    assert diary.startswith("seed 0\n")
+    assert "'g/adv': " in diary
+    assert "0: samples, (" in diary
+    assert diary.endswith("finished: report.html\n")
     text = (tmp_path / "run" / "metrics.csv").read_text(encoding="utf-8").splitlines()
     assert "g/norm" in text[0].split(",")
     config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
     assert "myparts.wasserstein" in config
+    assert "myparts.Signs" in config
     shown = (tmp_path / "run" / "samples" / "captions.txt").read_text(encoding="utf-8")
     assert set(shown.splitlines()) <= set(tiny.CAPTIONS[:12])
     more = ["resume=run", "trainer.max_steps=3"]
@@ -224,9 +233,35 @@ def test_a_run_uses_the_data_loss_and_callback_of_the_page(parts, command, tmp_p
     assert code == 0, err
 
 
+@pytest.mark.slow
+def test_a_package_with_an_entry_point_needs_no_variable(parts, command, tmp_path):
+    """All four kinds of parts from the command line."""
+    about = tmp_path / "myparts-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: myparts\nVersion: 1.0\n", encoding="utf-8"
+    )
+    (about / "entry_points.txt").write_text("[distill]\nall = myparts\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DISTILL_TRUST")
+        trusted.plugins.cache_clear()
+        code, _, err = command("run", *parts, *NORMS, *SIGNS, *DIARY)
+        trusted.plugins.cache_clear()
+    assert code == 0, err
+    assert (tmp_path / "run" / "diary.txt").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (
+            [
+                *SIGNS[:1],
+                SIGNS[1].replace("Signs, _partial_: true, lr: 1e-5", "Norms, _partial_: true"),
+            ],
+            "must be a torch.optim.optimizer.Optimizer",
+        ),
+        ([*DIARY[:1], "+logger.diary.fil=x"], "logger.diary.fil: myparts.Diary takes no such key"),
         (["+data.reader.pth=x"], "data.reader.pth: myparts.Arrays takes no such key"),
         ([*NORMS[:1], "+callbacks.norms.evry=1"], "callbacks.norms.evry: myparts.Norms takes no"),
         ([*NORMS[:1], "+callbacks.norms.every=x"], "callbacks.norms.every=x: must be a whole num"),
@@ -276,9 +311,9 @@ def test_a_data_source_of_the_user_reads_any_file(
     """Its path need not hold pictures."""
     code = (
         "from distill.data.source import prompts\n\n"
-        "def lines(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "def lines(path: str, *, batch_size: int, num_workers=0, limit=None, column=None):\n"
         "    return prompts(f'{path}/list.odd', batch_size=batch_size)\n\n"
-        "def nothing(path: str, *, batch_size: int, num_workers: int = 0, limit=None):\n"
+        "def nothing(path: str, *, batch_size: int, num_workers=0, limit=None, column=None):\n"
         "    return [path]\n"
     )
     (tmp_path / "mydata.py").write_text(code, encoding="utf-8")

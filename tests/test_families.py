@@ -1,6 +1,4 @@
-"""The newer families, each against its own pipeline in diffusers: SD 2.1 v, SD3.5, PixArt-Sigma,
-Sana, FLUX.
-"""
+"""The newer families, each against its own pipeline in diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,26 +24,34 @@ from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
 from distill.exporting.card import write_card
 from distill.sampling import Consistency, seeded
-from distill.sampling.guided import guided
+from distill.sampling import guided as sampling_guided
+from distill.sampling.guided import Guided, guided
 from distill.students import full, save_pipeline
 from distill.students.lora import lora
 from distill.teachers.families import teacher_class
 from distill.teachers.flux import Flux
+from distill.teachers.flux2 import Flux2, Flux2Klein
 from distill.teachers.loading.settings import in_folder, unit_of
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
-from families import FAMILIES, type_of
+from families import FAMILIES, opened, type_of
 
 PROMPTS, SEED = tiny.CAPTIONS[:2], 5
+FEED_FORWARD = ("ff.", "feed_forward.", "img_mlp.", "conv")  # its layers' names in the families
 CALL = {family: row.call for family, row in FAMILIES.items()}
 KINDS = {family: type_of(row.named[0]) for family, row in FAMILIES.items()}
-each = pytest.mark.parametrize("family", FAMILIES)
 
 
-def those(which):
-    """Parametrised by the families of which this holds."""
-    return pytest.mark.parametrize("family", [f for f, row in FAMILIES.items() if which(f, row)])
+def those(which, quick=False):
+    """Parametrised by the families of which this holds; with `quick` none of them is slow."""
+    found = [f for f, row in FAMILIES.items() if which(f, row)]
+    return pytest.mark.parametrize(
+        "family", [pytest.param(f, marks=() if quick else families.marks(f)) for f in found]
+    )
+
+
+each = those(lambda family, row: True)
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +78,8 @@ def teachers(folders):
     return teacher
 
 
-def opened(folder, kind=DiffusionPipeline):
-    pipeline = kind.from_pretrained(folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def packed(latents):
-    """As FLUX has it: two by two latents a token, channel by channel."""
-    b, c, h, w = latents.shape
-    cells = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return cells.reshape(b, h * w // 4, c * 4)
-
-
-def unpacked(tokens):
-    cells = tokens.view(len(tokens), 8, 8, 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return cells.reshape(len(tokens), 4, 16, 16)
 
 
 def inputs(teacher):
@@ -101,41 +89,40 @@ def inputs(teacher):
 # -- against diffusers -----------------------------------------------------------------------------
 
 
-@those(lambda family, _: KINDS[family].flow)
+@those(lambda family, row: KINDS[family].flow and row.guided is not None, quick=True)
 @pytest.mark.parametrize("sigma", [1.0, 0.6])
 def test_a_guided_estimate_is_one_step_of_the_pipeline(family, sigma, teachers, folders):
     pipeline, x_t = opened(folders(family)), noise(2, 4, 16, 16)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # a step to 0 of it is the estimate
-    is_packed = KINDS[family].packing > 1
-    latents = packed(x_t) if is_packed else x_t.clone()
+    row = FAMILIES[family]
     options = {
         "num_inference_steps": 1,
         "sigmas": [sigma],
         "output_type": "latent",
-        **FAMILIES[family].guided,
+        **row.guided,
         **CALL[family],
     }
-    expected = pipeline(PROMPTS, latents=latents, **options).images
-    expected = unpacked(expected) if is_packed else expected
+    expected = pipeline(prompt=list(PROMPTS), latents=row.given(x_t.clone()), **options).images
+    expected = row.returned(expected, pipeline.vae)
     teacher, t = teachers(family), torch.full((2,), sigma)
     with torch.no_grad():
-        found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
+        found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(row.scale))
         unguided = teacher.x0(x_t, t, teacher.embed(PROMPTS))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert (unguided - expected).abs().max() > 1e-2
+    assert row.scale == 1 or (unguided - expected).abs().max() > 1e-2
 
 
-@those(lambda family, _: not KINDS[family].flow)
+@those(lambda family, _: not KINDS[family].flow, quick=True)
 def test_a_guided_estimate_is_that_of_a_pipeline_of_eps(family, teachers, folders):
     pipeline, teacher, x_t = opened(folders(family)), teachers(family), noise(2, 4, 16, 16)
     seen, step = [], pipeline.scheduler.step
     pipeline.scheduler.step = lambda output, index, x, **o: (
         seen.append((int(index), output)) or step(output, index, x, **o)
     )
-    options = {"num_inference_steps": 1, "output_type": "latent"}
+    options = {"num_inference_steps": 2, "output_type": "latent"}
     options |= {**FAMILIES[family].guided, **CALL[family]}
-    pipeline(PROMPTS, latents=x_t.clone(), **options)
-    ((index, eps),) = seen
+    pipeline(prompt=list(PROMPTS), latents=x_t.clone(), **options)
+    index, eps = seen[0]
     t = teacher.process.time(torch.tensor([index] * 2))
     with torch.no_grad():
         found = guided_x0(teacher, x_t, t, teacher.embed(PROMPTS), torch.tensor(5.0))
@@ -176,22 +163,93 @@ def test_sd21_s_v_is_read_as_v(pipelines, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(teachers, folders):
-    pipeline, teacher = opened(folders("flux")), teachers("flux")
+@pytest.mark.parametrize("family", ["flux", "flux2"])
+def test_flux_shifts_its_grid_with_the_size_as_its_pipeline_does(family, teachers, folders):
+    """FLUX.2 by the number of steps as well."""
+    pipeline, teacher = opened(folders(family)), teachers(family)
     options = {
         "num_inference_steps": 4,
         "output_type": "latent",
-        "guidance_scale": 3.5,
-        **CALL["flux"],
+        "guidance_scale": teacher.guidance,
+        **CALL[family],
     }
-    expected = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(SEED), **options).images
+    options |= {"prompt": PROMPTS[0], "generator": torch.Generator().manual_seed(SEED)}
+    expected = FAMILIES[family].returned(pipeline(**options).images, pipeline.vae)
     cond, shape = teacher.embed(PROMPTS[:1]), teacher.latent_shape
     found = guided(teacher, cond, seeded([SEED]), shape=shape, steps=4, guidance=1.0)
-    torch.testing.assert_close(found, unpacked(expected), rtol=0, atol=2e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_flux2_dev_is_told_its_guidance(teachers):
+    teacher, (x_t, t, cond) = teachers("flux2"), inputs(teachers("flux2"))
+    with torch.no_grad():
+        found = teacher.network.predict(x_t, t, cond)
+        other = Flux2(str(teacher.folder), guidance=1.0, **FAMILIES["flux2"].options)
+        assert (other.network.predict(x_t, t, cond) - found).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f == "chroma" else pytest.mark.slow) for f in FAMILIES],
+)
+def test_a_block_that_is_computed_again_has_all_its_inputs(family, teachers):
+    """diffusers forgets the mask of Chroma's single-stream blocks."""
+    teacher = teachers(family)
+    x_t, t, _ = inputs(teacher)
+    cond = teacher.embed(["a star", PROMPTS[1]])  # of unequal lengths
+
+    def gradient(**options):
+        student = tiny.shake(full(teacher, **options), 21, std=0.03)
+        student.x0(x_t, t, cond).square().mean().backward()
+        return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    expected, found = gradient(), gradient(checkpointing=True)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_klein_of_few_steps_takes_no_guidance(folders, teachers, caplog, tmp_path):
+    """As its pipeline, which ignores any, of the same network."""
+    folder = shutil.copytree(folders("flux2_klein"), tmp_path / "klein")
+    index = folder / "model_index.json"
+    said = json.loads(index.read_text(encoding="utf-8"))
+    index.write_text(json.dumps(said | {"is_distilled": True}), encoding="utf-8")
+    few, base = Flux2Klein(str(folder), **FAMILIES["flux2_klein"].options), teachers("flux2_klein")
+    pipeline, cond = opened(folder), few.embed(PROMPTS[:1])
+    options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 5.0}
+    options |= {**CALL["flux2_klein"], "generator": torch.Generator().manual_seed(SEED)}
+    expected = pipeline(prompt=PROMPTS[:1], **options).images
+    expected = families.standardised(expected, pipeline.vae)
+    how = {"shape": few.latent_shape, "steps": 2}
+    found = guided(few, cond, seeded([SEED]), guidance=1.0, **how)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+    caplog.clear()
+    for teacher in (base, few):
+        assert not caplog.messages
+        guided(teacher, cond, seeded([SEED]), guidance=5.0, **how)
+    assert caplog.messages == [
+        "guidance=5 guides a teacher that was distilled to few steps without guidance; use "
+        "guidance=1"
+    ]
+    schnell = Flux(str(folders("flux_schnell")), few_steps=True, size=tiny.SIDE, length=64)
+    guided(schnell, schnell.embed(["x"]), seeded([0]), guidance=4.0, **how)
+    assert caplog.messages[1:] == [caplog.messages[0].replace("=5", "=4")]
+    student = full(few).eval()
+    saved = save_pipeline(student, few, tmp_path / "x", Consistency().scheduler(student, few))
+    assert opened(saved).config.is_distilled
+
+
+def test_a_flux2_of_the_other_class_is_refused(folders):
+    folder = folders("flux2_klein")
+    with pytest.raises(
+        ValueError, match=r"^teacher.path=.* Flux2KleinPipeline.*Flux2Pipeline[^\n]*$"
+    ):
+        Flux2(str(folder))
 
 
 def test_flux_is_said_to_be_guided_twice(teachers, caplog):
-    """Which schnell, that is told nothing, is not."""
+    """Which a model that is told nothing is not."""
     teacher = teachers("flux")
     how = {"shape": teacher.latent_shape, "steps": 1}
     for guidance, told in ((1.0, True), (4.0, False), (4.0, True)):
@@ -202,6 +260,53 @@ def test_flux_is_said_to_be_guided_twice(teachers, caplog):
     assert caplog.messages[0].startswith(
         "guidance=4 guides a teacher that is conditioned on guidance 3.5 (teacher.guidance)"
     )
+
+
+def test_zimage_reads_captions_and_pictures_of_any_length(teachers, folders):
+    """Image tokens and captions are padded to multiples of 32, and a batch to its longest one."""
+    pipeline, teacher, x_t = opened(folders("zimage")), teachers("zimage"), noise(3, 4, 12, 10)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    prompts = ["a", "a rather longer caption of many more letters", ""]
+    options = {**FAMILIES["zimage"].guided, "max_sequence_length": 96, "sigmas": [0.7]}
+    options |= {"height": 48, "width": 40, "num_inference_steps": 1, "output_type": "latent"}
+    expected = pipeline(list(prompts), latents=x_t.clone(), **options).images
+    cond, t = teacher.embed(prompts), torch.full((3,), 0.7)
+    with torch.no_grad():
+        found = guided_x0(teacher, x_t, t, cond, torch.tensor(5.0))
+        maps = teacher.features(x_t, t, cond, ["block0", "block2"])
+        alone = teacher.features(x_t[1:2], t[1:2], cond.index(slice(1, 2)), ["block0", "block2"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert all(found.shape == (3, 16, 6, 5) for found in maps)
+    for one, both in zip(alone, maps, strict=True):
+        torch.testing.assert_close(one, both[1:2], rtol=0, atol=1e-4)
+
+
+def test_a_few_step_teacher_is_said_to_take_no_guidance(folders, caplog):
+    options = FAMILIES["zimage"].options
+    sampling_guided._warn_of_a_few_step_teacher.cache_clear()  # it is said once in a process
+    for few_steps, guidance, told in ((False, 4.0, False), (True, 1.0, False), (True, 4.0, True)):
+        teacher = families.teacher_at(folders("zimage"), few_steps=few_steps, **options)
+        how = {"shape": teacher.latent_shape, "steps": 1, "guidance": guidance}
+        guided(teacher, teacher.embed(["x"]), seeded([0]), **how)
+        assert bool(caplog.messages) == told
+    assert caplog.messages[0].startswith("guidance=4 guides a teacher that was distilled to few")
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("sd35", {"guidance_scale": 5.0}),
+        ("zimage", {"guidance_scale": 4.0}),
+        ("qwenimage", {"true_cfg_scale": 5.0, "negative_prompt": ""}),
+    ],
+)
+def test_a_tuned_student_s_folder_has_its_pipeline_s_own_scale(family, call, teachers, tmp_path):
+    teacher, sampler = teachers(family), Guided(guidance=5.0)
+    student = full(teacher)
+    scheduler = sampler.scheduler(student, teacher)
+    folder = save_pipeline(student, teacher, tmp_path / "student", scheduler, sampler)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    assert index["_distill"]["call"] == call
 
 
 def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
@@ -218,8 +323,14 @@ def test_sana_s_shift_is_found_under_its_other_name(teachers, monkeypatch):
     assert asked == pytest.approx([1.0, 0.75])  # 3 t / (1 + 2 t) at a half
 
 
-@each
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [
+        pytest.param(family, steps, marks=families.marks(family) if steps > 1 else ())
+        for family, row in FAMILIES.items()
+        for steps in ((1, 2, 4) if row.slow else (1, 3))
+    ],
+)
 def test_the_card_s_code_is_our_sampler(family, steps, teachers, tmp_path):
     """Sizes, lengths and guidance that no file of diffusers tells are in it, and in the folder for
     our adapter.
@@ -254,14 +365,20 @@ def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
         assert tuple(teacher.channels) == row.taps
         assert tuple(teacher.encoder) == row.taps[:2]
     pixels = noise(1, 3, tiny.SIDE, tiny.SIDE).clamp(-1, 1)
+    config, of_videos = teacher.vae.config, "temperal_downsample" in teacher.vae.config
     with torch.no_grad():
-        latents, kept = teacher.encode(pixels), teacher.vae.encode(pixels)
+        latents = teacher.encode(pixels)
+        kept = teacher.vae.encode(pixels[:, :, None] if of_videos else pixels)
         raw = kept.latent if hasattr(kept, "latent") else kept.latent_dist.mean
-        shift = teacher.vae.config.get("shift_factor") or 0.0
-        torch.testing.assert_close(latents, 0.8 * (raw - shift), rtol=0, atol=1e-6)
-        torch.testing.assert_close(
-            teacher.decode(latents), teacher.vae.decode(raw).sample, rtol=0, atol=1e-4
-        )
+        expected = teacher.vae.decode(raw).sample
+        if of_videos:
+            expected, raw = expected[:, :, 0], raw[:, :, 0]
+            mean, std = (torch.tensor(config[f"latents_{x}"]) for x in ("mean", "std"))
+            scaled = (raw - mean[:, None, None]) / std[:, None, None]
+        else:
+            scaled = row.latents(raw, teacher.vae)
+        torch.testing.assert_close(latents, scaled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(teacher.decode(latents), expected, rtol=0, atol=1e-4)
 
 
 @those(lambda _, row: row.grid)
@@ -280,11 +397,15 @@ def test_maps_are_the_outputs_of_the_blocks(family, teachers):
         for handle in handles:
             handle.remove()
         maps = teacher.features(x_t, t, cond, taps)
-    side = 16 // teacher.patch
+    side, row = 16 // teacher.patch, FAMILIES[family]
+    starts = cond.mask.sum(1).tolist() if row.after_caption else [0, 0]
     for name, found in zip(taps, maps, strict=True):
         tokens = heard[name][1] if isinstance(heard[name], tuple) else heard[name]
+        if not (row.after_caption or row.image_first):
+            tokens = tokens[:, -side * side :]  # text may come before
         assert found.shape == (2, teacher.channels[name], side, side)
-        assert torch.equal(found[:, :, 3, 5], tokens[:, 3 * side + 5])
+        for i, start in enumerate(starts):
+            assert torch.equal(found[i, :, 3, 5], tokens[i, start + 3 * side + 5])
         assert found.is_contiguous()
 
 
@@ -370,6 +491,15 @@ def test_sana_reads_captions_behind_the_instruction_or_alone(teachers, folders):
         assert torch.equal(cond.mask.bool(), mask.bool())
 
 
+@each
+def test_a_pipeline_of_another_class_is_refused(family, folders):
+    other = "sd15" if family != "sd15" else "sdxl"
+    kind, found = KINDS[family].kind_name(), KINDS[other].kind_name()
+    said = rf"holds a {found}, but this teacher reads a {kind}; choose another teacher="
+    with pytest.raises(ValueError, match=said):
+        teacher_class(kind)(str(folders(other)), **FAMILIES[family].options)
+
+
 def test_the_first_block_of_sd35_attends_twice(teachers):
     network = teachers("sd35").network
     blocks = network.model.transformer_blocks
@@ -412,12 +542,14 @@ def test_a_lora_of_its_targets_is_a_student(family, folders, tmp_path):
         before = teacher.x0(x_t, t, cond)
         student = lora(teacher, rank=2)
         adapted = sorted(name for name, _ in teacher.network.model.named_modules())
-        adapted = [name for name in adapted if name.endswith("lora_A")]
+        adapted = [f".{name}" for name in adapted if name.endswith("lora_A")]
         taken = {end for end in teacher.network.targets if any(f".{end}." in n for n in adapted)}
         torch.testing.assert_close(student.x0(x_t, t, cond), before, rtol=0, atol=1e-5)
         tiny.shake(student, 3, std=0.1)
         expected = student.x0(x_t, t, cond)
     assert {"to_q", "to_k", "to_v", "to_out.0"} <= taken
+    assert taken == set(teacher.network.targets)
+    assert any(end.startswith(FEED_FORWARD) for end in taken)
     assert (expected - before).abs().max() > 1e-3
     scheduler = Consistency().scheduler(student, teacher)
     again = student_of(str(save_pipeline(student, teacher, tmp_path / "student", scheduler)))
@@ -430,7 +562,11 @@ def test_a_lora_of_its_targets_is_a_student(family, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [*((family, "ladd") for family in FAMILIES), ("pixart", "nitrofusion")]
+    ("family", "method"),
+    [
+        *(pytest.param(family, "ladd", marks=families.marks(family)) for family in FAMILIES),
+        ("pixart", "nitrofusion"),
+    ],
 )
 def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, tmp_path):
     row = FAMILIES[family]

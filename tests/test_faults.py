@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
 import tiny
+from distill import search
 from distill.machine import faults
 from distill.storage import checkpoint_files
 from distill.training import guarded_loggers as guarded
@@ -183,6 +186,40 @@ def test_a_study_that_is_no_database_is_named(command, tmp_path):
     assert "Traceback" not in said
 
 
+STUDY = OmegaConf.create(
+    {"space": ["seed=int(0,9)"], "run": [], "metric": "fid", "steps": 1, "seed": 0}
+    | {"direction": "maximize"}
+)
+DAMAGED = [
+    "update alembic_version set version_num='v99.0.0'",
+    "update study_user_attributes set value_json='5'",
+    "update study_user_attributes set value_json='{}'",
+    "update study_user_attributes set value_json='{'",
+    "update study_directions set direction='x'",
+]
+
+
+def test_a_study_of_another_version_or_with_damaged_values_is_named(tmp_path):
+    search.study_in(tmp_path, STUDY)
+    whole = (tmp_path / "study.db").read_bytes()
+    for change in DAMAGED:
+        (tmp_path / "study.db").write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(tmp_path / "study.db")) as database:
+            database.execute(change)
+            database.commit()
+        with pytest.raises(ValueError, match=r"study\.db: is no study that can be read \("):
+            search.study_in(tmp_path, STUDY)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no file of such a name")
+@pytest.mark.parametrize("name", ["a?mode=memory", "a%41", "a#b"])
+def test_a_study_lies_in_its_folder_whatever_its_name(name, tmp_path):
+    (tmp_path / name).mkdir()
+    search.study_in(tmp_path / name, STUDY)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "study.db").is_file()
+
+
 def test_files_that_libraries_cannot_write_are_named(disk):
     """torch, safetensors, Pillow and an archive say it in exceptions of their own."""
     import tarfile
@@ -291,19 +328,14 @@ def test_a_reader_that_leaves_is_no_fault(words):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_what_is_printed_onto_a_full_disk_is_said():
-    with open("/dev/full", "wb") as full:
-        command = [
-            sys.executable,
-            "-m",
-            "distill",
-            "check",
-            "data=prompts",
-            f"data.path={__file__}",
-        ]
-        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=300)
-    assert ended.returncode == 1
-    said = ended.stderr.decode().splitlines()[-1]
+def test_what_is_printed_onto_a_full_disk_is_said(forks, tmp_path):
+    run = "import runpy, sys; sys.argv[0] = 'distill'; runpy.run_module('distill', alter_sys=True,"
+    words = ["check", "data=prompts", f"data.path={__file__}"]
+    ended = forks.script(
+        f"{run} run_name='__main__')", *words, out=Path("/dev/full"), err=tmp_path / "err.txt"
+    )
+    assert ended.wait(timeout=300) == 1
+    said = ended.said().splitlines()[-1]
     assert said == f"distill: the output: No space left on device; make room, then {AGAIN}"
 
 

@@ -60,7 +60,14 @@ def when(said, begins) -> float:
 def test_it_is_the_default_run(run):
     """No callback, logger or metric is left out."""
     config = OmegaConf.load(run[0] / "config.yaml")
-    assert set(config.callbacks) == {"progress", "health", "alarms", "samples", "checkpoint"}
+    assert set(config.callbacks) == {
+        "progress",
+        "health",
+        "alarms",
+        "samples",
+        "scores",
+        "checkpoint",
+    }
     assert set(config.logger) == {"csv", "tensorboard"}
     assert config.metrics.prompts == 400
     assert (config.data.batch_size, config.method._target_) == (16, "distill.methods.ladd.LADD")

@@ -1,11 +1,13 @@
 """Frozen weights in bfloat16: the numbers of autocast, and a way back to every bit."""
 
 import copy
+import math
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import families
 import tiny
@@ -61,7 +63,7 @@ def test_only_frozen_layers_that_autocast_casts_are_halved():
     assert halved == {"frozen.weight", "frozen.bias", "broken.bias"}
 
 
-@pytest.mark.parametrize("family", list(families.FAMILIES))
+@pytest.mark.parametrize("family", families.marked())
 def test_passes_equal_those_of_autocast(family, tmp_path):
     """Prediction, maps at all taps, and the gradient of the latents."""
     teacher = families.teacher_at(
@@ -94,7 +96,7 @@ def outputs(
     return [prediction.detach(), *(m.detach() for m in maps), *torch.autograd.grad(total, x)]
 
 
-def test_a_pass_without_autocast_restores_the_weights(tmp_path):
+def test_a_pass_without_autocast_restores_the_weights_and_says_so_once(tmp_path, caplog):
     teacher = families.teacher_at(families.write("sd15", tmp_path))
     x, t = torch.randn(1, *teacher.latent_shape), torch.tensor([0.5])
     cond, before = teacher.embed(["a cat"]), bits(teacher.network)
@@ -102,8 +104,12 @@ def test_a_pass_without_autocast_restores_the_weights(tmp_path):
         expected = teacher.x0(x, t, cond)
         teacher.hold_half()
         # Kernels may sum in another order where memory is aligned otherwise.
-        torch.testing.assert_close(teacher.x0(x, t, cond), expected)
+        for _ in range(2):
+            torch.testing.assert_close(teacher.x0(x, t, cond), expected)
     assert same(bits(teacher.network), before)
+    (said,) = caplog.messages
+    assert said.startswith("a pass of a frozen UNet2DConditionModel without autocast needs its")
+    assert said.endswith("run such passes under torch.autocast")
 
 
 def test_copies_and_merged_students_have_the_float32_weights(tmp_path):
@@ -176,3 +182,121 @@ def test_training_gives_the_same_student_and_leaves_the_teacher(
         assert same(frozen_bits(teacher), before)
         students.append(tiny.weights(method.student))
     assert tiny.same(*students)
+
+
+def fit(method, folder, shards, *callbacks, precision="bf16-mixed") -> None:
+    loader = source.latents(str(shards), batch_size=2).loader(seed=0)
+    tiny.trainer(folder, 2, *callbacks, precision=precision).fit(method, loader)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_a_training_restores_the_weights(error, pipelines, shards, tmp_path):
+    teacher = families.teacher_at(pipelines("unet"))
+    method, before, log = tiny.ladd(teacher), frozen_bits(teacher), Dtypes()
+
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            raise error
+
+    with pytest.raises((error, SystemExit)):
+        fit(method, tmp_path, shards, log, Fails())
+    assert log.seen == [{torch.bfloat16}]
+    assert same(frozen_bits(teacher), before)
+
+
+def test_a_device_never_holds_all_frozen_weights_in_float32(pipelines, shards, tmp_path):
+    """They are halved on their way to it: doctor counts two bytes a weight."""
+    teacher = families.teacher_at(pipelines("unet"))
+    method, moved = tiny.ladd(teacher), []
+    move = teacher.to
+
+    def to(*where: object) -> nn.Module:
+        moved.append({m.weight.dtype for m in teacher.network.modules() if type(m) is nn.Linear})
+        return move(*where)
+
+    teacher.to = to
+    fit(method, tmp_path, shards)
+    assert moved[0] == {torch.bfloat16}
+
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+class Full(TorchDispatchMode):
+    """A pretended device with room for a dozen of the sums that join weights."""
+
+    left = 12.0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.int32:
+            self.left -= 1
+            if self.left < 0:
+                raise FULL
+        return result
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_device_that_is_full_gets_no_weights_back_and_the_run_goes_on(
+    again, pipelines, monkeypatch, caplog
+):
+    """They are joined on the host, and stay there if the device has no room for them."""
+    teacher = families.teacher_at(pipelines("unet"))
+    model, before, moves = teacher.network.model, bits(teacher.network), []
+    teacher.hold_half()
+    move, device = model.to, Full()
+
+    def to(where: object) -> nn.Module:
+        moves.append(where)
+        device.left = math.inf  # from here on it is the host that computes
+        if len(moves) == 2 and not again:
+            raise FULL
+        return move(where)
+
+    monkeypatch.setattr(model, "to", to)
+    with device:
+        teacher.hold_whole()
+    assert same(bits(teacher.network), before)
+    assert moves == ["cpu", torch.device("cpu"), *([] if again else ["cpu"])]
+    said = [m for m in caplog.messages if m.endswith("it stays on the CPU")]
+    assert len(said) == (0 if again else 1)
+
+
+def test_weights_that_are_loaded_meanwhile_are_kept(tmp_path):
+    """Whole or into a part of the model."""
+    teacher = families.teacher_at(families.write("sd15", tmp_path))
+    model = teacher.network.model
+    other = {name: x + 0.123456 for name, x in model.state_dict().items()}
+    for part in ("", "mid_block"):
+        within = {k.removeprefix(f"{part}."): x for k, x in other.items() if k.startswith(part)}
+        teacher.hold_half()
+        model.get_submodule(part).load_state_dict(within)
+        teacher.hold_whole()
+        found = model.get_submodule(part).state_dict()
+        assert all(torch.equal(x, within[name]) for name, x in found.items())
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+
+
+def test_the_layout_of_weights_stays(tmp_path):
+    teacher = families.teacher_at(families.write("sd15", tmp_path))
+    before = bits(teacher.network)
+    teacher.network.lay_out(torch.channels_last)
+    weight = teacher.network.model.conv_in.weight
+    for hold in (teacher.hold_half, teacher.hold_whole):
+        hold()
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+    assert same(bits(teacher.network), before)
+
+
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_the_empty_caption_is_embedded_in_float32_at_any_call(under_autocast, tmp_path):
+    """It is kept for calls with and without autocast."""
+    folder = families.write("sd15", tmp_path)
+    expected = families.teacher_at(folder).embed(["a cat"]).null
+    teacher = families.teacher_at(folder)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):
+        found = teacher.embed(["a cat"]).null
+        negative = teacher.embed_negative("")
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(negative.tokens, expected.tokens)

@@ -16,7 +16,7 @@ from distill.core import losses
 from distill.core.times import Discrete, LogitNormal
 from distill.core.types import Cond
 from distill.discriminators.heads import ConvHeads
-from distill.discriminators.pool import Pool
+from distill.discriminators.pool import DrawnHeads, Pool
 from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.methods.ladd import LADD
 
@@ -185,6 +185,52 @@ def test_two_calls_where_one_would_change_a_result_or_take_memory(monkeypatch) -
     monkeypatch.setattr(losses, "JOINT", sum(x.nbytes for x in real) - 1)
     losses.both_logits(critic, real, real, cond, t)
     assert critic.sizes == [4, 4, 4, 4]
+
+
+class NormedOverTheBatch(ConvHeads):
+    """A user's heads, whose logits depend on the other samples of a batch."""
+
+    def __init__(self, channels, **options):
+        super().__init__(channels, **options)
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(c) for c in channels.values())
+
+    def forward(self, maps, t, cond):
+        return super().forward([norm(x) for norm, x in zip(self.norms, maps, strict=True)], t, cond)
+
+
+class Stated(ConvHeads):
+    per_sample = True
+
+
+class Below(Stated):
+    pass
+
+
+@pytest.mark.parametrize("kind", [NormedOverTheBatch, Stated, Below])
+def test_heads_below_others_are_read_in_one_call_only_if_they_state_it(kind) -> None:
+    real, t, cond = inputs(8)
+    fake = [3 * x + 1 for x in real]
+    heads = kind(CHANNELS, pooled=6, spectral=False).train()
+    sizes: list[int] = []
+    heads.register_forward_pre_hook(lambda _module, given: sizes.append(len(given[1])))
+    logits = losses.both_logits(heads, real, fake, cond, t)
+    assert sizes == ([16] if kind is Stated else [8, 8])
+    torch.testing.assert_close(logits.real.values, heads(real, t, cond).values)
+    torch.testing.assert_close(logits.fake.values, heads(fake, t, cond).values)
+
+
+def test_drawn_heads_below_others_are_read_in_two_calls() -> None:
+    real, t, cond = inputs(8)
+    sizes: list[int] = []
+
+    class Mine(DrawnHeads):
+        def __call__(self, maps, t, cond):
+            sizes.append(len(t))
+            return super().__call__(maps, t, cond)
+
+    drawn = Pool(CHANNELS, pooled=6, size=48).draw(torch.Generator().manual_seed(0))
+    losses.both_logits(Mine(drawn.pool, drawn.head_of), real, real, cond, t)
+    assert sizes == [8, 8]
 
 
 def test_a_bounded_width_is_that_of_the_narrower() -> None:

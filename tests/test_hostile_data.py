@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import hostile
-from distill.data import bad, decode, folder
+from distill.data import bad, decode, folder, named
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.lines import Lines
 from distill.data.shards import Shards, index_tar
@@ -138,7 +138,7 @@ def test_a_name_acts_neither_in_a_warning_nor_in_an_error(tmp_path, caplog):
         assert r"\x1b[2J\nfake\u202e" in text
 
 
-@pytest.mark.parametrize("files", [1200, 100_000])
+@pytest.mark.parametrize("files", [1200, 20_000])
 def test_a_sample_of_thousands_of_files_is_a_bad_one(files, tmp_path):
     tar = {f"0.{i}": b"" for i in range(files)} | {"0.png": b"", "0.txt": b""}
     for i in range(1, 12):
@@ -579,3 +579,19 @@ def test_a_list_of_prompts_without_end_is_refused(tmp_path):
         Lines(str(tmp_path / "prompts.txt"))
     with pytest.raises(ValueError, match="is no regular file"):
         Lines("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x-{0..99999999}.tar", "{a,b}" * 40, "{0..9}" * 9, f"{{0..{'9' * 5000}}}"]
+)
+def test_braces_that_stand_for_too_many_names_are_refused_at_once(pattern):
+    with pytest.raises(FileNotFoundError, match="braces stand for more than 1,048,576 shards; wri"):
+        named.expand(pattern)
+
+
+def test_braces_in_each_other_are_counted_and_too_many_refused(tmp_path):
+    for name in ("a1", "a2", "b"):
+        (tmp_path / f"{name}.tar").write_bytes(b"")
+    assert len(named.expand(f"{tmp_path}/{{a{{1..2}},b}}.tar")) == 3
+    with pytest.raises(ValueError, match="its braces do not pair"):
+        named.expand("{" * 3000 + "a,b" + "}" * 3000)

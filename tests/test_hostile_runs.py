@@ -30,7 +30,7 @@ from distill.report.curves import charts
 from distill.report.page import figure
 from distill.storage import bounded, checkpoint_files
 from distill.teachers.families import family_of_kind
-from distill.teachers.loading import locate, settings, sizes
+from distill.teachers.loading import locate, settings, sizes, weights
 from distill.terminal import console, shown
 from distill.training import run_folders as folders
 from hostile import EVIL, laughs, png
@@ -124,8 +124,8 @@ def test_the_comparison_shows_a_strangers_words_as_text(command, tmp_path):
     for text in (table, out):
         assert not ACTING.search(text)
         assert not re.search(r"(?<!\\)[`<]", text.split("\nwrote")[0])
-    rows = table.splitlines()
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
+    for part in table.split("\n\n"):  # the table of means, sentences, that of differences
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in part.splitlines()}) == 1
     assert not ACTING.search((tmp_path / "compare" / "compare.csv").read_text(encoding="utf-8"))
 
 
@@ -303,6 +303,23 @@ def test_a_checkpoint_that_would_unpack_to_more_is_refused(tmp_path):
             checkpoint_files.read_checkpoint(path)
 
 
+@pytest.mark.parametrize("kind", ["view", "meta", "sparse"])
+def test_tensors_that_their_file_does_not_hold_are_refused(kind, tmp_path):
+    """A file of a kilobyte may declare a tensor of terabytes."""
+    make = {"view": lambda: torch.ones(1).expand(2**20, 2**20)}
+    make["meta"] = lambda: torch.empty(2**40, device="meta")
+    place = torch.tensor([[0]])
+    make["sparse"] = lambda: torch.sparse_coo_tensor(place, torch.ones(1), (2**40,))
+    tensor, file = make[kind](), tmp_path / "step_000001.ckpt"
+    torch.save({"a.lora_A.weight": tensor}, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=r"lora\.pt: .*(take 4096 GiB|tensor on)"):
+        weights.read_weights(tmp_path / "lora.pt")
+    state = {"distill": {"iteration": 1}, "optimizer_states": [{"state": {0: {"a": tensor}}}]}
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"no checkpoint of distill \(.*(take|tensor on)"):
+        checkpoint_files.read_checkpoint(file)
+
+
 # -- a student's card, the demo, the terminal ------------------------------------------------------
 
 
@@ -329,6 +346,55 @@ def test_a_card_shows_a_strangers_words_as_text(tmp_path):
     (folder / "README.md").write_text(f"---\n{laughs()}license: *a8\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md: its metadata holds more than|: holds more"):
         write_card(folder, run)
+
+
+def test_a_card_names_no_line_of_another_file(tmp_path):
+    """A link would put the first line of a private file into a page that is pushed."""
+    run = evil_run(tmp_path / "run")
+    (tmp_path / "private").write_text("machine x login y password hunter2\n", encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "comparison.png").write_bytes(png(98, 146))
+    shutil.rmtree(run / "samples")
+    (run / "samples").symlink_to(tmp_path / "pictures")
+    (run / "student").mkdir()
+    (run / "student" / "LICENSE").symlink_to(tmp_path / "private")
+    assert "hunter2" not in write_card(run / "student", run).read_text(encoding="utf-8")
+    assert not (run / "student" / "comparison.png").exists()
+
+
+def test_the_comparison_shows_no_files_behind_links(command, tmp_path, monkeypatch):
+    for name in "abc":
+        evil_run(tmp_path / "runs" / name)
+    private = tmp_path / "private.yaml"
+    private.write_text("github.com: {oauth_token: hunter2}", encoding="utf-8")
+    (tmp_path / "runs" / "a" / "config.yaml").unlink()
+    (tmp_path / "runs" / "a" / "config.yaml").symlink_to(private)
+    shown_picture = (tmp_path / "runs" / "b" / "samples").rename(tmp_path / "pictures")
+    (tmp_path / "runs" / "b" / "samples").symlink_to(shown_picture)
+    code, out, _ = command("compare", "runs=runs/*", "by_name=true")
+    assert code == 0
+    assert "left out, damaged: runs/a/config.yaml: is a link out of the run's folder" in out
+    page = (tmp_path / "compare" / "compare.html").read_text(encoding="utf-8")
+    assert "hunter2" not in page
+    (tmp_path / "runs" / "c").rename(tmp_path / "c")
+    code, _, _ = command("compare", "runs=runs/*")
+    page = (tmp_path / "compare" / "compare.html").read_text(encoding="utf-8")
+    assert "None of these runs kept its pictures" in page
+    monkeypatch.setenv("DISTILL_TRUST_RUN", "runs/b")  # its owner's link
+    assert command("compare", "runs=runs/b")[0] == 0
+    page = (tmp_path / "compare" / "compare.html").read_text(encoding="utf-8")
+    assert "None of these runs kept its pictures" not in page
+
+
+def test_no_curve_is_drawn_of_a_table_behind_a_link(command, tmp_path):
+    run = evil_run(tmp_path / "runs" / "a")
+    table = tmp_path / "private.csv"
+    table.write_text("step,images_seen,train_seconds,frechet\n0,0,0,9\n1,8,2,7\n", encoding="utf-8")
+    (run / "scores.csv").symlink_to(table)
+    assert command("compare", "runs=runs/*")[0] == 0
+    page = (tmp_path / "compare" / "compare.html").read_text(encoding="utf-8")
+    assert "scores.csv: is a link out of the run" in page
+    assert "along the run" not in page
 
 
 def test_the_demo_shows_words_as_text():
@@ -445,6 +511,7 @@ NUMBERS = [
     *(("vae", "shift_factor", value) for value in ("x", float("nan"), [1])),
     *(("tokenizer", "model_max_length", value) for value in (10**30, -1, "x", 1, 2.5)),
     ("tokenizer_2", "model_max_length", 10**30),
+    *(("scheduler", "num_train_timesteps", value) for value in (10**10, 0, "x", [1])),
 ]
 
 
@@ -453,7 +520,8 @@ def test_numbers_of_a_model_that_are_none_are_said_in_a_sentence(
     part, key, value, command, pipelines, tmp_path
 ):
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
-    name = "tokenizer_config.json" if part.startswith("tokenizer") else "config.json"
+    kind = part.partition("_")[0]
+    name = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
     said = json.loads((folder / part / name).read_text(encoding="utf-8"))
     (folder / part / name).write_text(json.dumps(said | {key: value}), encoding="utf-8")
     code, _, err = command("sample", f"run={folder}", "prompt=x")

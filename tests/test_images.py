@@ -12,6 +12,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 import tiny
+from distill.config.compose import shipped
 from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures, diff_augment
 from distill.discriminators.projection import OpenClipText, Projection
@@ -118,6 +119,32 @@ def test_augmented_eyes_draw_from_their_generator_alone():
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_random_weights_are_those_of_their_seed_in_the_same_shape():
+    trained, x = tiny.eyes(), pictures()
+    before = torch.random.get_rng_state()
+    first, again, other = (tiny.eyes(random_weights=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.channels == trained.channels
+    maps = [eyes(x, None, None)[-1] for eyes in (first, again, other, trained)]
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.allclose(maps[0], maps[2], atol=1e-2)
+    assert not torch.allclose(maps[0], maps[3], atol=1e-2)
+    assert all(p.grad is None and not p.requires_grad for p in first.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_labels", "vit", "clip_vision"])
+def test_networks_of_shapes_serve_as_features(name):
+    """Heads read each depth once, also of the CLIP-type encoder with three blocks."""
+    eyes = ImageFeatures(shipped(f"shapes:{name}"), size=64, mean=[0.5] * 3, std=[0.5] * 3)
+    assert eyes.taps == ([-1, 0, 1, 2] if name == "clip_vision" else [-1, 0, 1, 2, 3])
+    x = pictures(2, 64).requires_grad_()
+    maps = eyes(x, None, None)
+    assert [m.shape for m in maps] == [(2, 128, 64)] * len(eyes.taps)
+    maps[-1].square().mean().backward()
+    assert x.grad.abs().amax((1, 2, 3)).min() > 0
+    assert eyes.describe(x).shape == (2, 128)
 
 
 SMALL = {

@@ -28,7 +28,7 @@ def seen_by(name, teachers):
     return method, batch, inspect_heads(method, batch, LEVELS, torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("name", ["ladd", "add", "nitrofusion"])
+@pytest.mark.parametrize("name", ["ladd", "add", "nitrofusion", "dmd2"])
 def test_every_head_is_asked_about_real_and_fake_at_every_level(name, teachers):
     method, batch, seen = seen_by(name, teachers)
     assert seen.real.shape == seen.fake.shape == (3, len(seen.heads), 6)

@@ -260,3 +260,22 @@ def test_a_real_reader_is_loaded_frozen_and_reads_in_batches(tmp_path):
     torch.testing.assert_close(pieces, features)
     assert all(torch.equal(same_answers[q], answers[q]) for q in CHOICES)
     assert 0 <= judge(pixels, PROMPTS[:7])["count"] <= 1
+
+
+def test_the_outcomes_of_single_prompts_have_the_scores_as_their_means():
+    """And the prompts that are right are those whose own picture the reader finds right."""
+    judge, pixels = Judge.load(), fresh_renders(PROMPTS, seed=3)
+    pixels = torch.cat([pixels[:48], pixels[:16]])  # the last 16 show other prompts
+    scores, outcomes = judge.scores_and_outcomes(pixels, PROMPTS)
+    assert judge(pixels, PROMPTS) == scores
+    assert set(outcomes) == {"prompt_accuracy", "frechet"}
+    for name, numbers in outcomes.items():
+        assert numbers.shape == (64,)
+        assert float(numbers.mean()) == pytest.approx(scores[name])
+    right = outcomes["prompt_accuracy"]
+    assert set(right.tolist()) == {0.0, 1.0}
+    assert right[:48].mean() > 0.9
+    assert right[48:].mean() < 0.1
+    for i in (0, 50):
+        _, answers = judge.read(pixels[i : i + 1])
+        assert judge.accuracy(answers, PROMPTS[i : i + 1])["prompt_accuracy"] == right[i]

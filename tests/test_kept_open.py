@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,6 +95,65 @@ def test_few_files_stay_open(tmp_path):
         kept.read(str(tmp_path / "none.tar"), 0, 1)
     del kept
     assert len(os.listdir(DESCRIPTORS)) == before
+
+
+def broken(kept: KeptOpen, path: Path) -> None:
+    """Break the open handle of a file: reads of it fail, as with ESTALE."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.dup2(folder, kept._opened(str(path)).handle.number)
+    os.close(folder)
+
+
+def test_a_file_whose_handle_breaks_is_opened_again(tmp_path):
+    path, kept = tmp_path / "a.tar", KeptOpen()
+    path.write_bytes(b"0123456789")
+    assert kept.read(str(path), 2, 3) == b"234"
+    broken(kept, path)
+    assert kept.read(str(path), 2, 3) == b"234"
+    number = kept._opened(str(path)).handle.number
+    os.close(number)  # by somebody else
+    assert kept.read(str(path), 4, 2) == b"45"
+    assert kept.read(str(path), 4, 2) == b"45"
+
+
+def test_another_file_in_its_place_is_not_read_at_its_positions(tmp_path):
+    path, kept = tmp_path / "a.tar", KeptOpen()
+    path.write_bytes(b"0123456789")
+    kept.read(str(path), 2, 3)
+    (tmp_path / "new").write_bytes(b"abcdefghij")
+    os.utime(tmp_path / "new", (0, 0))
+    os.replace(tmp_path / "new", path)
+    assert kept.read(str(path), 2, 3) == b"234"  # of the file that is still open
+    broken(kept, path)
+    with pytest.raises(ValueError, match=r"a\.tar' has been replaced by another since"):
+        kept.read(str(path), 2, 3)
+    path.unlink()
+    broken(kept, path)
+    with pytest.raises(FileNotFoundError, match=r"a\.tar"):
+        kept.read(str(path), 2, 3)
+
+
+LOW = """
+import resource, sys
+from distill.data.kept_open import KeptOpen
+kept, paths = KeptOpen(), sys.argv[1:]
+for path in paths[:40]:
+    assert kept.read(path, 4, 3) == b"456"
+open(paths[0]).close()
+resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))  # as if others had taken the rest
+for path in paths:
+    assert kept.read(path, 4, 3) == b"456"
+"""
+
+
+@pytest.mark.parametrize("limit", ["48", "1024"])
+def test_a_low_limit_of_open_files_leaves_some_for_others(tmp_path, limit):
+    pytest.importorskip("resource")
+    paths = [tmp_path / f"{i}.tar" for i in range(60)]
+    for path in paths:
+        path.write_bytes(b"0123456789")
+    words = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", sys.executable, "-c", LOW]
+    subprocess.run([*words, *map(str, paths)], check=True)
 
 
 def test_pictures_in_a_folder_do_not_stay_open(tmp_path):

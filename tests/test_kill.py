@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -40,13 +40,6 @@ def arguments(pipelines, shards, folder, workers=0, method="ladd"):
     ]
 
 
-def start(command, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "distill.run", *command], cwd=folder, env=environment
-    )
-
-
 def end_of(folder):
     kept = torch.load(folder / "checkpoints" / f"step_{STEPS:06d}.ckpt", weights_only=True)
     moments = {
@@ -65,27 +58,24 @@ def end_of(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0), ("consistency", 0)],
+    [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0), ("consistency", 0), ("dmd2", 0)],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
-    method, workers, pipelines, shards, tmp_path
+    method, workers, forks, pipelines, shards, tmp_path
 ):
     """SIGKILL at random moments, once while a checkpoint is being written; no part of a file may
     pass for a whole.
     """
-    assert (
-        start(arguments(pipelines, shards, tmp_path / "whole", workers, method), tmp_path).wait(
-            timeout=300
-        )
-        == 0
-    )
+    whole = arguments(pipelines, shards, tmp_path / "whole", workers, method)
+    assert forks.command("run", whole, folder=tmp_path).wait(timeout=300) == 0
     chance = random.Random(7 + workers)
     command, checkpoints = (
         arguments(pipelines, shards, tmp_path / "parts", workers, method),
         tmp_path / "parts" / "checkpoints",
     )
     for kill in ("while writing", "at random", "at random"):
-        process, had = start(command, tmp_path), set(checkpoints.glob("step_*.ckpt"))
+        process = forks.command("run", command, folder=tmp_path)
+        had = set(checkpoints.glob("step_*.ckpt"))
         wait = chance.uniform(0.0, 0.4)
         while process.poll() is None:  # once it has got further, so that every part counts
             if kill == "while writing" and had and list(checkpoints.glob("*.part")):
@@ -101,7 +91,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
             *[c for c in command if not c.startswith(("run_dir", "resume"))],
             f"resume={tmp_path / 'parts'}",
         ]
-    assert start(command, tmp_path).wait(timeout=300) == 0
+    assert forks.command("run", command, folder=tmp_path).wait(timeout=300) == 0
     assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
     assert not list(checkpoints.glob("*.part"))
 
@@ -110,7 +100,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
 )
 def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
-    number, code, command, monkeypatch, pipelines, shards, tmp_path
+    number, code, command, monkeypatch, pipelines, shards, finished, tmp_path
 ):
     from distill.training.callbacks import Alarms
 
@@ -141,9 +131,7 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     assert (
         command("run", f"resume={tmp_path / 'parts'}")[0] == 0
     )  # and nothing else: the run knows what it is
-    whole = [a for a in arguments(pipelines, shards, tmp_path / "whole") if "every=1" not in a]
-    assert command("run", *whole)[0] == 0
-    assert tiny.same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
+    assert tiny.same(end_of(tmp_path / "parts"), end_of(finished))
 
 
 def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, shards, tmp_path):
@@ -200,10 +188,9 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
 
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
 def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
-    damage, command, pipelines, shards, tmp_path, caplog
+    damage, command, finished, tmp_path, caplog
 ):
-    folder = tmp_path / "run"
-    assert command("run", *arguments(pipelines, shards, folder), "loop.head_start=0")[0] == 0
+    folder = shutil.copytree(finished, tmp_path / "run")
     expected = end_of(folder)
     newest = folder / "checkpoints" / f"step_{STEPS:06d}.ckpt"
     whole = newest.read_bytes()
@@ -244,8 +231,6 @@ def test_what_the_run_began_with_may_be_given_again(gone_on):
 
 
 def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
-    import shutil
-
     folder = shutil.copytree(finished, tmp_path / "copy")
     more = [
         "trainer.max_steps=14",

@@ -1,13 +1,11 @@
 """Commands that are killed at random points and given again: benchmarks/kills.py, in a process of
-its own.
+its own that has imported everything.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,26 +14,37 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
-def killed(out: Path, *options: str) -> list[dict]:
-    """The results of the trials, of which none may have lost anything or left anything behind."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), f"out={out}", *options]
-    ended = subprocess.run(command, cwd=out.parent, capture_output=True, encoding="utf-8")
-    lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
-    results = [json.loads(line) for line in lines]
-    bad = [r for r in results if r["code"] or r["lost"] or r["litter"]]
-    assert not bad, json.dumps(bad, indent=1)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return results
+RUN = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def test_a_few_kills_cost_nothing(tmp_path):
+@pytest.fixture
+def killed(forks):
+    """The results of trials, of which none may have lost anything or left anything behind."""
+
+    def killed(out: Path, *options: str) -> list[dict]:
+        script = ROOT / "benchmarks" / "kills.py"
+        ended = forks.script(
+            RUN, script, f"out={out}", *options, folder=out.parent, err=out.parent / "err.txt"
+        )
+        code = ended.wait(timeout=3600)
+        lines = (out / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+        results = [json.loads(line) for line in lines]
+        bad = [r for r in results if r["code"] or r["lost"] or r["litter"]]
+        assert not bad, json.dumps(bad, indent=1)
+        assert code == 0, ended.said()
+        return results
+
+    return killed
+
+
+def test_a_few_kills_cost_nothing(killed, tmp_path):
     results = killed(tmp_path / "kills", "trials=3", "seed=20", "commands=run,synthesize")
     assert [r["command"] for r in results] == ["run", "synthesize", "run"]
     assert sum(r["killed"] for r in results) >= 2  # a command may end before its moment comes
 
 
 @pytest.mark.slow
-def test_many_kills_cost_nothing(tmp_path):
+def test_many_kills_cost_nothing(killed, tmp_path):
     from kills import COMMANDS
 
     results = killed(tmp_path / "kills", "trials=40", "seed=1000")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import OmegaConf
 
 import tiny
@@ -108,19 +109,20 @@ def test_workers_in_the_one_task_of_slurm_are_not_taken_for_it(tmp_path, monkeyp
     }.items():
         monkeypatch.setenv(name, value)
     script = (
-        "import os, sys\nfrom lightning.pytorch.plugins.environments import SLURMEnvironment\n"
-        "from distill.config import compose\n"
-        "open(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(\n"
-        "    f'{compose.rank()} {compose.world_size()} {SLURMEnvironment.detect()} ' +"
-        " os.environ['SLURM_JOB_ID'])\n"
+        "import json, os, sys\n"
+        "with open(os.path.join(sys.argv[1], os.environ['RANK']), 'w') as file:\n"
+        "    json.dump(dict(os.environ), file)\n"
     )
     popen, own = subprocess.Popen, [sys.executable, "-c", script, str(tmp_path)]
     monkeypatch.setattr(launch.subprocess, "Popen", lambda _, **kw: popen(own, **kw))
     assert launch.launch(tmp_path, 2) == 0
-    assert [(tmp_path / str(rank)).read_text(encoding="utf-8") for rank in range(2)] == [
-        "0 2 False 7",
-        "1 2 False 7",
-    ]
+    for rank in range(2):
+        found = json.loads((tmp_path / str(rank)).read_text(encoding="utf-8"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", found)
+            assert (compose.rank(), compose.world_size()) == (rank, 2)
+            assert not SLURMEnvironment.detect()
+        assert found["SLURM_JOB_ID"] == "7"
 
 
 def test_a_worker_that_fails_ends_the_others_and_the_code_is_its_own(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ LAYERS = {
     "models": {"students", "sampling"},
     "base": {"methods.base"},
     "methods": {"methods"},
-    "training": {"training", "evaluation", "exporting", "report"},
+    "training": {"training", "training.optimizers", "evaluation", "exporting", "report"},
     "config": {
         "config", "training.resuming", "training.run_folders",
     },
@@ -67,13 +67,19 @@ HEAVY = {
     "diffusers": {
         "teachers", "discriminators", "evaluation", "students", "sampling", "exporting", "worlds",
     },
-    "transformers": {"teachers", "discriminators", "evaluation", "worlds"},
+    "transformers": {
+        "teachers", "discriminators", "evaluation", "worlds", "training.optimizers",
+    },
+    "torchao": {"training.optimizers", "exporting"},
+    **dict.fromkeys(("bitsandbytes", "prodigyopt", "schedulefree"), {"training.optimizers"}),
     "open_clip": {"teachers", "discriminators", "evaluation", "worlds"},
     "webdataset": {"data", "worlds"},
     "torchmetrics": {"evaluation"},
     "torch_fidelity": {"evaluation"},
     "scipy": {"evaluation"},
     "peft": {"students"},
+    "onnx": {"exporting"},
+    "onnxruntime": {"exporting"},
     "gradio": {"demonstration"},
     "lightning": {"methods.base", "training", "building", "worlds", "python"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class

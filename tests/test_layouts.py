@@ -20,7 +20,8 @@ from PIL import Image
 
 from distill.data import decode
 from distill.data.datasets import ImageShards, LatentShards
-from distill.data.shards import Shards, check_pictures, expand
+from distill.data.named import expand
+from distill.data.shards import Shards, check_pictures
 from distill.data.source import Source
 from distill.data.write import write_latents
 from distill.evaluation.references import pictures_in
@@ -522,10 +523,6 @@ def test_a_shard_among_pictures_is_named(tmp_path, caplog):
             {"x.tar.gz": b"x", "y.tgz": b"x"},
             r"1 \.tar\.gz, 1 \.tgz: archives are .* unpack x\.tar\.gz",
         ),
-        (
-            {"train-0.parquet": b"PAR1"},
-            r"1 \.parquet: tables are not read: .*troubleshooting_data\.md",
-        ),
         ({"data.arrow": b"x"}, "tables are not read"),
         ({"a.psd": b"x"}, r"1 \.psd: these are not read here: convert them"),
         ({"a.foo": b"x"}, r"but 1 \.foo$"),
@@ -557,7 +554,7 @@ def test_pictures_where_latents_are_wanted(tmp_path):
         (b"\xfd7zXZ\0" + bytes(2000), "unxz it first"),
         (b"\x28\xb5\x2f\xfd" + bytes(2000), "unzstd it first"),
         (b"PK\x03\x04" + bytes(2000), "is a zip archive: unpack it"),
-        (b"PAR1" + bytes(2000), "is a Parquet table: .*troubleshooting_data.md"),
+        (b"PAR1" + bytes(2000), "is a Parquet table: name it .parquet"),
         (b"ARROW1\0\0" + bytes(2000), "is an Arrow table: .*troubleshooting_data.md"),
         (picture(), "is a picture: give the folder"),
     ],

@@ -36,6 +36,8 @@ def trained(folder, make, *, sign: float = 1.0):
         pool = {"size": 1, "refresh": 0.0, "layers": 1, "norm_input": False, "single": ["none"]}
         options |= {"pool": pool, "options": {"refine": [0], "mixed": True, "shared": False}}
         options |= {"critic_eps": 1e-8, "discriminator_updates": 2}
+    if make is tiny.dmd2:  # with one update of the fake score it ends at .57, after half the steps
+        options |= {"options": {"levels": [1.0]}, "discriminator_updates": 5}
     if make is tiny.add:  # the weight of its distillation is tuned for a mean over heads
         options |= {"options": {"over_heads": "mean"}}
     method = make(toy, rate=2e-3, critic_rate=5e-3, **options)
@@ -69,7 +71,8 @@ def test_the_toy_is_what_its_docstring_says():
 
 
 each_method = pytest.mark.parametrize(
-    "make", [pytest.param(make, id=name) for name, make in tiny.METHODS.items()]
+    "make",  # DPO does not distil
+    [pytest.param(make, id=name) for name, make in tiny.METHODS.items() if make is not tiny.dpo],
 )
 
 
@@ -87,8 +90,12 @@ def test_one_step_samples_come_to_the_modes(make, tmp_path):
         assert 0.2 < float(on_first) < 0.8
 
 
+# DMD2's adversarial term is a small part of its loss; test_dmd2 flips the sign of the other.
+ADVERSARIAL = {name: make for name, make in tiny.GAMES.items() if make is not tiny.dmd2}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", tiny.GAMES.values(), ids=tiny.GAMES)
+@pytest.mark.parametrize("make", ADVERSARIAL.values(), ids=ADVERSARIAL)
 def test_with_the_sign_flipped_they_do_not(make, tmp_path):
     assert (
         distance(trained(tmp_path, make, sign=-1.0)) > 0.9

@@ -53,6 +53,7 @@ MISTYPED = [
      "method.decoder={_target_:distill.teachers.decoder.TinyDecoder,"
      "path:mine/nope}", "method.decoder.path=mine/nope: no such folder", "mine/nape"),
 ]  # fmt: skip
+DOORS = ("HF_ENDPOINT", "http_proxy", "https_proxy", "HTTP_proxy", "HTTPS_proxy")
 SCRIPT = """
 import importlib, json, sys
 for words in json.loads(sys.argv[1]):
@@ -103,9 +104,9 @@ def asked(hub, tmp_path):
     def ask(commands):
         import json
 
-        environment = {**os.environ, "PYTHONPATH": str(SRC), "HF_ENDPOINT": address}
+        environment = {**os.environ, "PYTHONPATH": str(SRC)}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        environment |= {f"{kind}_proxy": address for kind in ("http", "https", "HTTP", "HTTPS")}
+        environment |= dict.fromkeys(DOORS, address)
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, json.dumps(commands)],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
@@ -127,8 +128,15 @@ def test_a_mistyped_path_is_said_and_nobody_is_asked(asked, hub):
     assert hub[1] == []
 
 
-def test_a_name_of_the_hub_is_asked_for(asked, hub):
-    [said] = asked([["sample", "run=owner/name", "prompt=x"]])
+def test_a_name_of_the_hub_is_asked_for(hub, forks, tmp_path):
+    address, err = hub[0], tmp_path / "err.txt"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    environment |= dict.fromkeys(DOORS, address)
+    done = forks.command(
+        "sample", ["run=owner/name", "prompt=x"], folder=tmp_path, environment=environment, err=err
+    )
+    assert done.wait(timeout=300) == 1
+    said = done.said()
     assert "run=owner/name" in said
     assert hub[1], said  # else the test above says nothing
 

@@ -182,7 +182,7 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
 # -- in training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), tiny.on_either(METHODS))
 def test_gradients_go_where_they_should(name, fresh):
     make, options, *_ = METHODS[name]
     method = make(fresh(), options=options, lora={"rank": 4})

@@ -125,12 +125,9 @@ def test_an_error_in_the_middle_leaves_no_duplicate_and_no_hole(
 
 @pytest.mark.slow
 @each_command
-def test_sigkill_at_any_moment_leaves_no_duplicate_and_no_hole(name, asked, tmp_path):
+def test_sigkill_at_any_moment_leaves_no_duplicate_and_no_hole(name, asked, forks, tmp_path):
     def start(out):
-        known = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", f"distill.{name}", *asked[name], f"out={out}"], env=known
-        )
+        return forks.command(name, [*asked[name], f"out={out}"])
 
     asked[name] += ["per_shard=1"]
     assert start(tmp_path / "whole").wait(timeout=300) == 0
@@ -274,13 +271,13 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
 ):
     drawn = []
 
-    def noise(shape, generators):
+    def noise(_teacher, shape, generators):
         drawn.append(
             found := torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
         )
         return found
 
-    monkeypatch.setattr(guided, "draw_noise", noise)
+    monkeypatch.setattr(guided, "first_noise", noise)
     words = [*asked["synthesize"], "precision=32-true", "out=made"]
     assert command("synthesize", *words)[0] == 0
     data = LatentShards(str(tmp_path / "made"), seeded=True)
@@ -289,7 +286,7 @@ def test_each_sample_is_what_its_teacher_made_of_the_noise_of_its_seed(
     assert [item["caption"] for item in items] == [PROMPTS[i % 5] for i in range(COUNT)]
     teacher, made = teachers("mmdit"), items[:2]  # the first batch
     monkeypatch.setattr(
-        guided, "draw_noise", lambda *_: torch.stack([item["noise"] for item in made])
+        guided, "first_noise", lambda *_: torch.stack([item["noise"] for item in made])
     )
     how = {"shape": teacher.latent_shape, "steps": 2, "guidance": 4.0}
     again = guided.guided(teacher, teacher.embed([item["caption"] for item in made]), [], **how)

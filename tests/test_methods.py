@@ -56,9 +56,11 @@ METHODS = {  # name -> (how to make it, its discriminator's terms, its student's
         BOTH,
     ),
     "nitrofusion_refined": (tiny.nitrofusion, {"refine": [0, 0], "one_step_prob": 0.0}, BOTH, BOTH),
+    "dmd2": (tiny.dmd2, {}, {"denoising", "adv"}, {"matching", "adv"}),
     "regression": (tiny.regression, {}, set(), {"regression"}),
     "consistency": (tiny.consistency, {}, set(), {"consistency"}),
     "consistency_huber": (tiny.consistency, {"huber": 0.00054}, set(), {"consistency"}),
+    "dpo": (tiny.dpo, {}, set(), {"dpo"}),
 }
 FILES = [Path(importlib.import_module(f"distill.methods.{name}").__file__) for name in tiny.METHODS]
 
@@ -281,7 +283,7 @@ def test_phases_of_the_loop_do_not_leak(teacher, tmp_path, shards):
     assert all(gradient is None for gradient in seen[1][2])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), tiny.on_either(METHODS))
 def test_three_steps_change_the_players_and_leave_the_teacher(name, teacher, tmp_path, shards):
     make, options, *_ = METHODS[name]
     method = make(teacher, options=options)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 from diffusers import AutoPipelineForText2Image
-from safetensors.torch import save_file
 
 import tiny
 
@@ -62,12 +62,20 @@ def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
 
 
 @pytest.mark.slow
-def test_a_few_step_teacher_is_all_it_needs(smoke, teachers, tmp_path):
-    save_file(teachers("mmdit").network.model.state_dict(), tmp_path / "few.safetensors")
-    folder, _ = smoke(
-        "experiment=nitrofusion_few_step_shapes", f"teacher.weights={tmp_path / 'few.safetensors'}"
-    )
-    assert (folder / "student" / "model_index.json").is_file()
+def test_by_default_it_refines_the_shipped_student(command, tmp_path):
+    """With nothing but a length given: the teacher is a few-step model, and evaluated as one."""
+    folder = tmp_path / "run"
+    code, _, err = command(
+        "run", "method=nitrofusion", f"run_dir={folder}",
+        "trainer.max_steps=1", "loop.head_start=1", "metrics.prompts=64",
+        "metrics.student_steps=[1]", "metrics.teacher_steps=[1]",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["protocol"]["teacher sampler"] == "Consistency(levels=None)"
+    assert "teacher guidance" not in found["protocol"]
+    # a many-step teacher has .01 in one step
+    assert all(row["prompt_accuracy"] > 0.7 for row in found["rows"]), found["rows"]
 
 
 def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path):

@@ -1,4 +1,4 @@
-"""Run the notebooks and the page on Python, cell by cell, each in a new process.
+"""Run the notebooks and the page on Python, cell by cell, each in a process of its own.
 
 Jupyter is not needed. Figures are rendered without a window. The environment variable
 NOTEBOOK_STEPS sets the number of steps.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ STEPS = "NOTEBOOK_STEPS"
 # This replacement makes the page's training short. Nothing else of the page is changed.
 LONG, SHORT = '"trainer.max_steps=300"', '"trainer.max_steps=2", "data.batch_size=2"'
 
-# Runs the pieces of code from stdin in one namespace, and counts the figures that are shown.
+# Runs the pieces of code of its argument in one namespace, and counts the figures that are shown.
 DRIVER = """
 import json, sys
 from matplotlib import pyplot
@@ -38,7 +36,7 @@ def show():
     pyplot.close("all")
 
 pyplot.show = show
-for i, code in enumerate(json.load(sys.stdin)):
+for i, code in enumerate(json.loads(sys.argv[1])):
     exec(compile(code, f"cell {i}", "exec"), space)
 print("figures", len(shown))
 """
@@ -49,19 +47,20 @@ def cells(file: Path, kind: str) -> list[str]:
     return ["".join(c["source"]) for c in book["cells"] if c["cell_type"] == kind]
 
 
-def run(pieces: list[str], folder: Path, **variables: str) -> str:
-    """Run the code in a new process in this folder; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(pieces),
-        cwd=folder,
-        env={**os.environ, "MPLBACKEND": "agg", **variables},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(forks):
+    """Run pieces of code in a process of their own in a folder; what they printed."""
+
+    def run(pieces: list[str], folder: Path, **variables: str) -> str:
+        environment = {**os.environ, "MPLBACKEND": "agg", **variables}
+        out, err = folder / "out.txt", folder / "err.txt"
+        done = forks.script(
+            DRIVER, json.dumps(pieces), environment=environment, folder=folder, out=out, err=err
+        )
+        assert done.wait(timeout=1800) == 0, done.said("out") + done.said("err")
+        return done.said("out")
+
+    return run
 
 
 def test_there_are_notebooks():
@@ -92,7 +91,7 @@ def test_a_notebook_is_valid_and_has_no_output(file):
     ("name", "figures", "runs"), [("distil_shapes", 5, 1), ("your_own_head", 2, 2)]
 )
 @pytest.mark.parametrize("steps", ["3", pytest.param("", marks=pytest.mark.slow)])
-def test_the_cells_of_a_notebook_run(name, figures, runs, steps, tmp_path):
+def test_the_cells_of_a_notebook_run(name, figures, runs, steps, run, tmp_path):
     code = cells(DOCS / "notebooks" / f"{name}.ipynb", "code")
     assert any(STEPS in cell for cell in code)
     printed = run(code, tmp_path, **({STEPS: steps} if steps else {}))
@@ -108,7 +107,7 @@ def page_code() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_code_of_the_page_on_python_runs(tmp_path):
+def test_the_code_of_the_page_on_python_runs(run, tmp_path):
     first, *more = page_code()
     assert len(first.strip().splitlines()) <= 11  # ten lines, and an empty one
     assert LONG in first

@@ -16,7 +16,7 @@ import tiny
 from distill import students
 from distill.config.models import student_of
 from distill.sampling import Consistency
-from distill.students.parts import copy_part, weights_of
+from distill.students.parts import copy_part, copy_pipeline, weights_of
 from distill.teachers.sd import SD
 
 CLUTTER = (
@@ -66,6 +66,36 @@ def test_so_does_an_exported_one(to, cluttered, pipelines, command, tmp_path):
     assert command("export", f"run={cluttered}", "to=diffusers", *out)[0] == 0
     folder = tmp_path / ("out" if to == "diffusers" else "teacher_float16")
     assert files(folder) == files(pipelines("unet")) | {"LICENSE.md", "README.md"}
+
+
+def test_what_a_link_leads_to_is_copied_if_it_is_of_a_model(cluttered, pipelines, tmp_path):
+    """A folder of a stranger may have links to other files of this machine, or to folders."""
+    private, copy = tmp_path / "private", tmp_path / "copy"
+    private.mkdir()
+    for name in ("config.json", "kaggle.json", "notes.txt", "key.safetensors"):
+        (private / name).write_text('{"token": 1}', encoding="utf-8")
+    others = Path(shutil.copytree(pipelines("unet"), tmp_path / "others"))
+    for part in ("tokenizer", "vae"):  # of another model of one's own
+        shutil.rmtree(cluttered / part)
+        (cluttered / part).symlink_to(others / part)
+    (others / "tokenizer" / "kaggle.json").write_text("{}", encoding="utf-8")
+    copy_pipeline(cluttered, copy)
+    assert files(copy) == files(pipelines("unet")) | {"LICENSE.md"}
+    (cluttered / "scheduler" / "scheduler_config.json").unlink()
+    shutil.rmtree(cluttered / "scheduler")
+    (private / "config.json").rename(private / "other.json")
+    (cluttered / "scheduler").symlink_to(private)
+    assert files(copy_pipeline(cluttered, copy)) == {
+        name for name in files(pipelines("unet")) | {"LICENSE.md"} if "scheduler/" not in name
+    }
+    unet = cluttered / "unet"
+    links = {"config.json": "other.json", "diffusion_pytorch_model.safetensors": "key.safetensors"}
+    for name, target in links.items():
+        (unet / name).rename(unet / "kept")
+        (unet / name).symlink_to(private / target)
+        with pytest.raises(ValueError, match=f"{name}: is a link to a file of no model"):
+            copy_pipeline(cluttered, copy)
+        (unet / "kept").rename(unet / name)
 
 
 def test_a_dtype_is_that_of_every_part(pipelines, command, tmp_path):

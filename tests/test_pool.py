@@ -189,9 +189,10 @@ class Watched:
         self.method, self.log = method, []
         update = method.loop.update_discriminator
 
-        def watched(owner, micros, samples, optimizer, turn):
+        def watched(owner, micros, samples, optimizers, turn):
+            (optimizer,) = optimizers
             before, moments = self.state(optimizer)
-            result = update(owner, micros, samples, optimizer, turn)
+            result = update(owner, micros, samples, optimizers, turn)
             after, later = self.state(optimizer)
             drawn = set(tiny.critic(method).head_of.values())
             changed = {i for i in before if not torch.equal(before[i], after[i])}

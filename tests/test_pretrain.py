@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,26 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from torch import nn
+from transformers import Dinov2Model
 
+from distill.config.compose import shipped
 from distill.data.datasets import LatentShards
 from distill.pretrain import pretrain
-from distill.worlds.shapes.pretraining import text, vae, vit
-from distill.worlds.shapes.pretraining.asked import check_data, teaching_stage
+from distill.worlds.shapes.pretraining import inpainting, labelled_vit, text, vae, vit
+from distill.worlds.shapes.pretraining.asked import ON_REQUEST, check_data, chosen, teaching_stage
 from distill.worlds.shapes.pretraining.assemble import silent_t5
-from distill.worlds.shapes.pretraining.diffusion import Captions
+from distill.worlds.shapes.pretraining.diffusion import Captions, build_mmdit, build_unet
 from distill.worlds.shapes.pretraining.fit import Fit
 from distill.worlds.shapes.pretraining.stages import STAGES
 from distill.worlds.shapes.pretraining.work import Work
-from distill.worlds.shapes.world import draw_prompt
+from distill.worlds.shapes.world import Placed, Scene, draw_prompt
 
 CONF = str(Path(__file__).parents[1] / "conf")
-TRAINED = ("clip", "vae", "reader", "vit", "mmdit", "mmdit_small", "unet")
+SIZES = ("mmdit", "mmdit_small", "mmdit_tiny", "mmdit_large")
+TRAINED = ("clip", "vae", "reader", "vit", "vit_labels", *SIZES, "unet", "unet_inpaint")
 TINY = [
-    "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "shards.count=6",
+    "data.count=256", "reader_scenes.shared=8", "reader_scenes.fresh=8", "labelled_scenes=8",
+    "shards.count=6",
     "shards.steps=2",
     "scoring.prompts=4", "scoring.steps=2", "scoring.guidance=[3.0]",
     *(f"{stage}.{what}" for stage in TRAINED for what in ("steps=2", "batch_size=4")),
@@ -53,15 +58,15 @@ def made(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_every_stage_leaves_its_models_and_a_card(made):
     scores = json.loads((made.parent / "pretraining.json").read_text(encoding="utf-8"))["stages"]
-    assert list(scores) == list(STAGES)
+    assert list(scores) == [name for name in STAGES if name not in ON_REQUEST]
     assert all(values["finished"] and values["seconds"] >= 0 for values in scores.values())
     assert set(scores["mmdit"]["prompt_accuracy"]) == {"2 steps, guidance 3", "1 steps, guidance 4"}
     assert all(
         set(v) == {"training", "held_out"} for v in scores["unet"]["prompt_accuracy"].values()
     )
     assert {p.name for p in made.iterdir()} == {
-        "mmdit", "mmdit_small", "unet", "latents", "vit", "clip_vision", "reader", "curves",
-        "README.md",
+        "mmdit", "mmdit_small", "unet", "latents", "vit", "vit_labels", "clip_vision", "reader",
+        "curves", "README.md",
     }  # fmt: skip
     assert (
         (made / "curves" / "vae.csv")
@@ -87,15 +92,15 @@ def test_a_pipeline_opens_in_diffusers_and_draws(made, name):
 
 @pytest.mark.slow
 def test_feature_networks_and_latents_open(made):
-    from transformers import CLIPVisionModelWithProjection, Dinov2Model
+    from transformers import CLIPVisionModelWithProjection
 
     x = torch.rand(2, 3, 64, 64) * 2 - 1
-    net, clip = (
-        c.from_pretrained(made / n)
-        for c, n in ((Dinov2Model, "vit"), (CLIPVisionModelWithProjection, "clip_vision"))
-    )
-    assert net.dtype == clip.dtype == torch.float32
-    assert net(x).last_hidden_state.shape == (2, 65, 128)
+    clip = CLIPVisionModelWithProjection.from_pretrained(made / "clip_vision")
+    assert clip.dtype == torch.float32
+    for name in ("vit", "vit_labels"):
+        net = Dinov2Model.from_pretrained(made / name)
+        assert net.dtype == torch.float32
+        assert net(x).last_hidden_state.shape == (2, 65, 128)
     assert clip(x).image_embeds.shape == (2, 128)
     latents = LatentShards(str(made / "latents"))
     assert len(latents) == 6
@@ -107,7 +112,7 @@ def test_feature_networks_and_latents_open(made):
 def test_a_second_run_skips_what_is_finished(made, capsys):
     files = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()}
     run(f"out={made.parent}")
-    assert capsys.readouterr().out.count("done before") == len(STAGES)
+    assert capsys.readouterr().out.count("done before") == len(STAGES) - len(ON_REQUEST)
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.is_file()} == files
 
 
@@ -129,9 +134,10 @@ def test_ones_own_pictures_need_no_shapes(tmp_path):
         f"out={tmp_path / 'out'}",
         f"data.path={tmp_path}",
         "data.size=40",
-        "stages=[data,clip,vae,latents,reader,mmdit,shards]",
+        "stages=[data,clip,vae,latents,reader,vit_labels,mmdit,shards]",
     )
     assert not (models / "reader").exists()
+    assert not (models / "vit_labels").exists()
     numbers = [
         int(caption.split()[-1])
         for caption in json.loads((tmp_path / "out" / "captions.json").read_text(encoding="utf-8"))
@@ -159,6 +165,66 @@ def test_a_taught_stage_needs_the_stage_or_the_folder_that_teaches_it(tmp_path):
         run(f"out={tmp_path}", *named)
     with pytest.raises(FileNotFoundError, match="networks.mmdit_small.taught_by=nowhere"):
         run(f"out={tmp_path}", "stages=[mmdit_small]", "networks.mmdit_small.taught_by=nowhere")
+
+
+def test_sizes_on_request_are_no_part_of_all_stages():
+    assert chosen(None) == [name for name in STAGES if name not in ON_REQUEST]
+    assert chosen(["mmdit_large", "data"]) == ["data", "mmdit_large"]
+
+
+def test_mmdits_have_the_sizes_that_are_documented():
+    networks, millions = compose_with().networks, []
+    for name in ("mmdit_tiny", "mmdit_small", "mmdit", "mmdit_large"):
+        shape = {key: networks[name][key] for key in ("layers", "heads", "head_dim")}
+        net = build_mmdit(16, 128, **shape)
+        millions.append(round(sum(p.numel() for p in net.parameters()) / 1e6, 1))
+    assert millions == [1.4, 2.2, 3.7, 7.8]
+
+
+@pytest.mark.slow
+def test_other_sizes_go_on_from_the_parts_of_a_finished_folder(made):
+    """`made` has the parts and `mmdit_small`, which teaches `mmdit_tiny`."""
+    out = shutil.copytree(made.parent, made.parent.with_name("sizes"))
+    models = run(f"out={out}", "stages=[mmdit_tiny,mmdit_large]")
+    for name, blocks in (("mmdit_tiny", 2), ("mmdit_large", 6)):
+        config = json.loads(
+            (models / name / "transformer" / "config.json").read_text(encoding="utf-8")
+        )
+        assert config["num_layers"] == blocks
+        assert (models / "curves" / f"{name}.csv").is_file()
+
+
+def test_an_inpainting_unet_starts_as_the_one_of_whole_pictures():
+    torch.manual_seed(0)
+    source = build_unet(16, 32).eval()
+    net = inpainting.widened(source, 5).eval()
+    x, beside, tokens = torch.randn(2, 4, 16, 16), torch.randn(2, 5, 16, 16), torch.randn(2, 7, 32)
+    t = torch.tensor([10, 900])
+    with torch.no_grad():
+        expected = source(x, t, encoder_hidden_states=tokens).sample
+        found = net(torch.cat([x, beside], 1), t, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (net.config.in_channels, net.config.out_channels) == (9, 4)
+
+
+@pytest.mark.slow
+def test_an_inpainting_unet_goes_on_from_the_parts_of_a_finished_folder(made):
+    from diffusers import AutoPipelineForInpainting
+
+    out = shutil.copytree(made.parent, made.parent.with_name("inpainting"))
+    models = run(f"out={out}", "stages=[unet_inpaint]")
+    pipeline = AutoPipelineForInpainting.from_pretrained(models / "unet_inpaint")
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "StableDiffusionInpaintPipeline"
+    assert pipeline.unet.conv_in.weight[:, 4:].abs().max() > 0
+    picture, mask = Image.new("RGB", (64, 64), "red"), Image.new("L", (64, 64), 255)
+    how = {"num_inference_steps": 2, "height": 64, "width": 64}
+    found = pipeline("a red star", image=picture, mask_image=mask, **how).images[0]
+    assert found.size == (64, 64)
+    scores = json.loads((out / "pretraining.json").read_text(encoding="utf-8"))["stages"]
+    assert set(scores["unet_inpaint"]["prompt_accuracy"]) == {
+        "2 steps, guidance 3", "1 steps, guidance 4",
+    }  # fmt: skip
 
 
 def test_an_unknown_stage_names_the_nearest(tmp_path):
@@ -308,6 +374,70 @@ def test_a_probe_finds_what_a_line_divides():
     assert vit.probe_accuracy(x, torch.cat([labels[:45], (labels[45:] + 1) % 3]), known=45) == 0
     noise = torch.randn(3000, 8, generator=generator)
     assert 0.28 < vit.probe_accuracy(noise, torch.arange(3000) % 3, known=1500) < 0.39
+
+
+def one_thing(**values: Any) -> Scene:
+    placed = {"kind": "star", "colour": "red", "fill": "dotted", "size": "large", "x": 20.0}
+    placed |= {"y": 44.0, "radius": 12.0, "angle": 0.0, "pattern_angle": 0.0, "phase": (0.0, 0.0)}
+    thing = Placed(**placed | {"shade": (0.0, 0.0, 0.0)} | values)
+    return Scene((thing,), None, "pink")
+
+
+def test_patches_are_labelled_by_the_thing_that_covers_them():
+    """A square from 9 to 31 across and 33 to 55 down, of patches of eight pixels."""
+    square = one_thing(kind="square", radius=11 / 0.86)
+    labels = {k: v.view(8, 8) for k, v in labelled_vit.label_patches([square]).items()}
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[4:7, 1:4] = True
+    for name, word in (("kind", 1), ("colour", 0), ("fill", 2)):
+        assert labels[name][inside].eq(word).all()
+        assert labels[name][~inside].eq(-1).all()
+    assert labels["background"].eq(3).all()
+    small = labelled_vit.label_patches([one_thing(kind="square", radius=1.0)])
+    assert (small["kind"] == -1).all()  # covers less than a quarter of any patch
+
+
+def test_of_two_things_a_patch_shows_the_larger_part():
+    """The third patch of a row, 16 to 24, has 4 columns of the red one and 3 of the blue one."""
+    squares = [
+        one_thing(kind="square", x=x, radius=8 / 0.86, colour=colour).things[0]
+        for x, colour in ((12.0, "red"), (29.0, "blue"))
+    ]
+    (colours,) = labelled_vit.label_patches([Scene(tuple(squares), "horizontal", "white")])[
+        "colour"
+    ]
+    assert colours.view(8, 8)[5].tolist() == [0, 0, 0, 2, 2, -1, -1, -1]
+
+
+def test_a_picture_shows_the_words_of_its_patches():
+    (shown,) = labelled_vit.present(labelled_vit.label_patches([one_thing()]))
+    words = [word for words in labelled_vit.WORDS.values() for word in words]
+    assert {w for w, p in zip(words, shown, strict=True) if p} == {"star", "red", "dotted", "pink"}
+
+
+def test_losses_of_labels_by_hand():
+    torch.manual_seed(0)
+    net, scene = labelled_vit.Labelled().eval(), one_thing()
+    truth, x = labelled_vit.label_patches([scene]), torch.rand(1, 3, 64, 64) * 2 - 1
+    losses, tokens = net.losses(x, truth), net.vit(x).last_hidden_state[0]
+    logits, start, expected = net.of_patch(tokens[1:]), 0, 0.0
+    for name, words in labelled_vit.WORDS.items():
+        own = logits[:, start : start + len(words)].log_softmax(1)
+        known = [(i, k) for i, k in enumerate(truth[name][0].tolist()) if k >= 0]
+        expected -= sum(own[i, k] for i, k in known) / len(known)
+        start += len(words)
+    torch.testing.assert_close(losses["patches"], expected)
+    odds, shown = net.of_whole(tokens[0]).sigmoid(), labelled_vit.present(truth)[0]
+    entropy = -(shown * odds.log() + (1 - shown) * (1 - odds).log()).mean()
+    torch.testing.assert_close(losses["whole"], entropy)
+
+
+def test_the_shipped_labelled_vit_knows_kinds_fills_and_colours():
+    """On scenes that nothing was trained on; the ViT without labels has about .3 for kinds."""
+    model = Dinov2Model.from_pretrained(shipped("shapes:vit_labels"))
+    scores = labelled_vit.probe_patches(model.eval(), seed=77, count=300)
+    assert set(scores) == {"kind", "colour", "fill"}
+    assert min(scores.values()) >= 0.9
 
 
 def test_masks_hide_a_tenth_to_four_fifths():

@@ -15,6 +15,7 @@ import pytest
 from distill.config import errors
 from distill.machine import faults
 from distill.training import launch
+from forks import Fork
 from test_stopping import gone
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -126,22 +127,22 @@ def test_losing_another_process_is_no_traceback(error, lost, monkeypatch):
 # -- two real ones ---------------------------------------------------------------------------------
 
 
-def begin(pipelines, shards, folder: Path) -> subprocess.Popen:
+def begin(forks, pipelines, shards, folder: Path) -> Fork:
     """Two processes that train for long, each with a loader's worker; they have a checkpoint."""
     words = ["debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "~metrics"]
     words += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.num_workers=1"]
     words += ["trainer.max_steps=100000", "callbacks.checkpoint.every=2", "data.batch_size=2"]
     words += ["callbacks.samples.every=100000", f"run_dir={folder}"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "distill.run", *words],
-        env={k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "LOCAL"))},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
+    started: Fork = forks.command(
+        "run",
+        words,
+        environment={
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RANK", "LOCAL"))
+        },
+        err=folder.parent / "said.txt",
     )
     while not list((folder / "checkpoints").glob("step_*.ckpt")):
-        assert started.poll() is None, started.stderr.read()
+        assert started.poll() is None, started.said()
         time.sleep(0.1)
     return started
 
@@ -153,16 +154,16 @@ def below(pid: int) -> list:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_in_one_sentence(pipelines, shards, tmp_path):
+def test_a_killed_rank_ends_the_run_in_one_sentence(forks, pipelines, shards, tmp_path):
     folder = tmp_path / "run"
-    started = begin(pipelines, shards, folder)
+    started = begin(forks, pipelines, shards, folder)
     all_of_them = below(started.pid)
     second = next(
         p for p in all_of_them if p.environ().get("RANK") == "1" and p.ppid() == started.pid
     )
     second.kill()
-    said = started.stderr.read()
     assert started.wait(timeout=60) == 137
+    said = started.said()
     pattern = (
         rf"distill: process 1 was killed by signal 9 at step \d+; go on with: python -m"
         rf" distill\.run "
@@ -175,17 +176,17 @@ def test_a_killed_rank_ends_the_run_in_one_sentence(pipelines, shards, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
-def test_workers_end_with_their_launcher(number, pipelines, shards, tmp_path):
+def test_workers_end_with_their_launcher(number, forks, pipelines, shards, tmp_path):
     """And save before they do: the run goes on from its last step."""
     folder = tmp_path / "run"
-    started = begin(pipelines, shards, folder)
+    started = begin(forks, pipelines, shards, folder)
     workers = [process.pid for process in below(started.pid)]
     assert len(workers) >= 4  # two, and the worker of each one's loader
     started.send_signal(number)
     assert gone(workers, 30)
     code = started.wait(timeout=30)
     assert code == (-9 if number == signal.SIGKILL else 129)
-    assert started.stderr.read() == ""
+    assert started.said() == ""
     log = (folder / "run.log").read_text(encoding="utf-8")
     stopped = re.search(r"stopped by SIG(TERM|HUP) at step (\d+); go on with: ", log)
     assert stopped, log

@@ -55,6 +55,11 @@ WRONG = [
     ("inspect", "run={here}/made levels=[2]", "levels=[2]: must lie in (0, 1]"),
     ("pretrain", "clip.steps=x", "clip.steps=x: must be a whole number"),
     ("pretrain", "data.size=20", "data.size=20: pictures may have 32 to 128 pixels a side"),
+    # a place that cannot be written
+    ("sample", "run={here}/unet prompt=x out={here}/picture.png/x", "picture.png is no folder, so"),
+    ("evaluate", "run={here}/unet out={here}/picture.png/x", "picture.png is no folder, so"),
+    ("export", "run={here}/unet to=diffusers out={here}/picture.png/x", "picture.png is no folder"),
+    ("run", "run_dir={here}/picture.png/x", "picture.png is no folder, so nothing can be written"),
     ("search", "space=[x]", "space: 'x' is not key=log(low,high)"),
     ("search", "space=[]", "space=[]: has no range to search; give a list of them"),
     ("search", "space=seed", "space=seed: has no range to search; give a list of"),
@@ -164,6 +169,16 @@ WRONG = [
         "trainer=ddp trainer.strategy.bucket_mib=0",
         "trainer.strategy.bucket_mib=0: must be above 0",
     ),
+    (
+        "run",
+        "trainer=fsdp2 trainer.strategy.replicas=0",
+        "trainer.strategy.replicas=0: must be a whole number of at least 1",
+    ),
+    (
+        "run",
+        "trainer=fsdp2 trainer.devices=4 trainer.strategy.replicas=3",
+        "trainer.strategy.replicas=3: must divide the number of processes, which is 4",
+    ),
     ("run", "optimizer.student._target_=os.system", "os.system is refused"),
     ("run", "method=ladd discriminator=dino", "choose another discriminator="),
     ("run", "method=regression loop.head_start=5", "there is no discriminator to train first"),
@@ -176,7 +191,7 @@ WRONG = [
     (
         "run",
         "logger=1",
-        "logger=1: logger takes the name of one option, there is default",
+        "logger=1: logger takes the name of one option, there is csv, default",
     ),
     ("run", "~sampler", "sampler: a run needs it; choose one by sampler=..."),
     (
@@ -237,7 +252,7 @@ WRONG = [
     (
         "run",
         "~teacher",
-        "~teacher: a run needs it; choose one by teacher=..., there is flux",
+        "~teacher: a run needs it; choose one by teacher=..., there is chroma",
     ),
     ("run", "~callbacks debug=smoke", "callbacks.samples: has no _target_; give one, or leave it"),
     ("run", "++teacher.dtype=float99", "teacher.dtype=float99: must be a dtype of torch"),
@@ -339,7 +354,7 @@ WRONG = [
         "holds a report.html that this command did not write",
     ),
     ("sample", "run=nope prompt=x", "run=nope: neither a finished run (with a student/) nor a"),
-    ("sample", "run={here}/other prompt=x", "holds a WuerstchenPipeline; known are FluxPipeline"),
+    ("sample", "run={here}/other prompt=x", "holds a WuerstchenPipeline; known are "),
     ("sample", "run={here}", "prompt: not given"),
     ("sample", "run={here} prompts=nope.txt", "prompts=nope.txt: cannot be read as lines of UTF-8"),
     ("sample", "run={here} prompt=x image=nope.png", "image=nope.png: no such file"),

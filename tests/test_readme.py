@@ -185,6 +185,11 @@ def is_folder(world, out):
     assert index.read_bytes() == of_run.read_bytes()
 
 
+def is_int8(world, out):
+    config = json.loads((world / "fast_int8" / "unet" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" in config
+
+
 def is_judged(folder: str, *rows: tuple[str, int]) -> Callable[[Path, str], None]:
     def check(world, out):
         found = json.loads((world / folder / "evaluation.json").read_text(encoding="utf-8"))["rows"]
@@ -222,7 +227,8 @@ CHECKS: dict[tuple[str, ...], Callable[[Path, str], None]] = {
         "mine", {"teacher.path": "mine.safetensors", "method.distill_weight": 2.5}
     ),
     ("sample", "run=runs/mine"): has_pictures,
-    ("export", "to=diffusers"): is_folder,
+    ("export", "out=fast"): is_folder,
+    ("export", "out=fast_int8"): is_int8,
     ("export", "to=single_file"): is_single_file,
     ("evaluate", "run=runs/mine"): is_judged("runs/mine", *(("student", n) for n in (1, 2, 4))),
     ("evaluate", "run=fast"): is_judged("evaluations/fast", ("student", 4)),

@@ -30,6 +30,12 @@ class Other(flux.Flux):
     kind = diffusers.FluxPipeline
     packing = 1
 
+class Editing(Base):
+    image = "source"
+
+class LuminaThatEdits(Editing, Lumina):
+    kind = diffusers.Lumina2Pipeline
+
 class NoTeacher:
     kind = diffusers.MarigoldDepthPipeline
 """
@@ -50,6 +56,8 @@ def package(tmp_path, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     yield "tuned.inner.teachers"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tuned"]:
+        del sys.modules[name]
     for cache in caches:
         cache.cache_clear()
 
@@ -61,6 +69,16 @@ def test_facts_from_the_source_equal_those_of_the_class(kind, target):
     assert registry.teacher_class(kind) is family
     for name in set(Family.__annotations__) - {"kind"}:
         assert getattr(family, name) == getattr(facts, name), name
+
+
+def test_bases_are_read_in_python_s_order_of_resolution(package):
+    """A fact of a part that several families share comes before that of their common base."""
+    target = f"{package}.LuminaThatEdits"
+    facts, found = registry.family(target), source_code.lineage(target)
+    expected = [f"{each.__module__}.{each.__name__}" for each in get_object(target).__mro__]
+    assert [each for each in expected if each in found] == found
+    assert found[1:3] == [f"{package}.Editing", f"{package}.Lumina"]
+    assert (facts.image, facts.flow) == ("source", True)
 
 
 def test_a_family_is_known_without_torch():

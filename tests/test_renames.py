@@ -17,8 +17,9 @@ ENGINE = "distill.engine.Engine"
 def with_earlier_names(tree):
     """The configuration with the names from before modules were moved and `loop` became a group."""
     tree = json.loads(json.dumps(tree))
-    loop = tree.pop("loop")
-    tree["optimizer"] |= {"_target_": ENGINE, **{k: v for k, v in loop.items() if k[0] != "_"}}
+    loop, known = tree.pop("loop"), {now.partition(".")[2] for now in KEYS.values()}
+    kept = {k: v for k, v in loop.items() if k in known}  # later keys have their defaults
+    tree["optimizer"] |= {"_target_": ENGINE, **kept}
     for before, now in KEYS.items():
         group, name = now.split(".")
         if group == "method" and name in tree["method"]:
@@ -64,7 +65,7 @@ def test_every_earlier_name_is_renamed():
     assert renamed(now) == now
 
 
-@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
+@pytest.mark.parametrize("method", ["ladd", pytest.param("nitrofusion", marks=pytest.mark.slow)])
 def test_a_run_with_earlier_names_resumes_with_the_same_bits(
     method, pipelines, shards, tmp_path, command
 ):
@@ -94,6 +95,7 @@ def test_a_run_with_earlier_names_resumes_with_the_same_bits(
     assert tiny.same(*(c["state_dict"] for c in checkpoints))
     assert tiny.same(*(c["distill"]["ema"] for c in checkpoints))
     after = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert after["loop"] == config["loop"]
+    kept = {k: v for k, v in config["loop"].items() if v is not None}  # later keys are absent
+    assert after["loop"] == kept
     code, _, err = command("sample", f"run={folder}", "prompt=a red disc")
     assert code == 0, err

@@ -139,6 +139,10 @@ def test_hydra_itself_runs_nothing_either(command, tmp_path):
         "hydra: {job_logging: {handlers: {evil: {class: evil.Handler}}}}",
         "defaults: [/method@hydra.callbacks.evil: ladd]",
         "# @package hydra.callbacks\nevil: {_target_: evil.Callback}",
+        "# @package _global_.hydra.callbacks\nevil: {_target_: evil.Callback}",
+        '"hy\\x64ra": {callbacks: {evil: {_target_: evil.Callback}}}',
+        'defaults: ["/method@hy\\x64ra.callbacks.evil: ladd"]',
+        'defaults: [{"/method@hy\\x64ra.callbacks.evil": ladd}]',
     ],
 )
 def test_a_recipe_from_a_stranger_has_hydra_call_nothing(text, command, tmp_path, monkeypatch):
@@ -155,6 +159,19 @@ def test_a_recipe_from_a_stranger_has_hydra_call_nothing(text, command, tmp_path
         assert "conf/experiment/odd.yaml: " in err
         assert "a file may not say what Hydra itself calls; type it, or if" in err
     assert not owned.exists()
+
+
+def test_so_it_does_behind_a_link(command, tmp_path):
+    text = "# @package _global_\nhydra: {callbacks: {evil: {_target_: evil.Callback}}}\n"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "odd.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "experiment").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "conf")
+    (tmp_path / "conf" / "a").symlink_to(tmp_path / "elsewhere")  # the same, checked first
+    code, _, err = command("run", "--config-dir", "conf", "experiment=odd", "trainer.max_steps=0")
+    assert code == 1
+    assert "hydra.callbacks.evil._target_: a file may not say what Hydra itself calls" in err
 
 
 def test_a_recipe_may_say_where_hydra_starts_jobs(command, tmp_path):
@@ -256,7 +273,9 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
 @pytest.mark.parametrize("disguised", [False, True])
 def test_a_pickle_bomb_as_checkpoint_is_named_and_the_one_before_used(disguised, tmp_path, caplog):
     folder, owned = tmp_path / "checkpoints", tmp_path / "owned"
-    good = {"distill": {"iteration": 1}, "about": {"config": {}}}
+    ours = {"iteration": 1, "images_seen": 4, "skipped": 0, "ema": {}}
+    good = {"distill": ours, "about": {"config": {}}, "state_dict": {}, "optimizer_states": []}
+    good |= {"loops": {}, "callbacks": {}, "global_step": 1, "pytorch-lightning_version": "2"}
     checkpoint_files.write_checkpoint(good, folder / "step_000001.ckpt")
     bomb = folder / "step_000002.ckpt"
     if disguised:  # inside a proper file of torch

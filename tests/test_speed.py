@@ -7,6 +7,7 @@ import re
 import lightning as L
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 
 import distill
@@ -73,11 +74,12 @@ def close(one: nn.Module, other: nn.Module) -> None:
     ("family", "make", "options"),
     [
         ("mmdit", tiny.ladd, {}),
-        ("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}),
+        pytest.param("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}, marks=pytest.mark.slow),
         ("mmdit", tiny.ladd, {"lora": {"rank": 2, "checkpointing": True}}),
-        ("unet", tiny.add, {}),
+        pytest.param("unet", tiny.add, {}, marks=pytest.mark.slow),
+        pytest.param("unet", tiny.dmd2, {}, marks=pytest.mark.slow),
     ],
-    ids=["full", "r1", "lora_checkpointing", "unet_add"],
+    ids=["full", "r1", "lora_checkpointing", "unet_add", "unet_dmd2"],
 )
 def test_compiled_blocks_train_as_the_others(family, make, options, pipelines, shards, tmp_path):
     methods = []
@@ -86,7 +88,9 @@ def test_compiled_blocks_train_as_the_others(family, make, options, pipelines, s
         keys = list(method.state_dict())
         trained(method, tmp_path / name, shards, *([log] if name == "compiled" else []))
         assert list(method.state_dict()) == keys
-        assert not [m for m in method.student.model.modules() if "forward" in vars(m)]
+        fake_score = [] if method.fake_score is None else [method.fake_score.network]
+        for network in (method.student, *fake_score):
+            assert not [m for m in network.model.modules() if "forward" in vars(m)]
         methods.append(method)
     assert log.graphs > 0
     close(methods[1].student, methods[0].student)
@@ -107,7 +111,7 @@ def test_graphs_do_not_grow_with_the_steps(pipelines, shards, tmp_path):
     assert counts[1] == counts[-1]
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_runs_resume_with_and_without(first, pipelines, shards, tmp_path):
     """A checkpoint holds the same names, and the average's swap reaches compiled blocks."""
     teacher = families.teacher_at(pipelines("mmdit"))
@@ -143,7 +147,7 @@ def test_a_swapped_average_reaches_compiled_blocks(pipelines):
     blocks.undo()
 
 
-@pytest.mark.parametrize("family", list(families.FAMILIES))
+@pytest.mark.parametrize("family", families.marked())
 def test_every_family_has_blocks(family, tmp_path):
     teacher = families.teacher_at(
         families.write(family, tmp_path), **families.FAMILIES[family].options
@@ -196,6 +200,90 @@ def test_without_a_compiler_a_run_goes_on(pipelines, shards, tmp_path, caplog, m
     assert len(said) == 1
     assert said[0].startswith("trainer.compile=blocks: this machine cannot compile, and the run")
     assert tiny.same(tiny.weights(method.student), tiny.weights(eager.student))
+
+
+class Failing(L.Callback):
+    """As `Speed`, by a compiler that fails at the graph of this number, or at its derivative."""
+
+    def __init__(self, number: int, part: str) -> None:
+        self.blocks, self.number, self.part, self.graphs = CompiledBlocks(), number, part, 0
+
+    def on_fit_start(self, trainer: L.Trainer, method: Distillation) -> None:
+        from torch._dynamo.backends.common import aot_autograd
+
+        def forward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+            self.graphs += 1
+            return self._fail_or(graph, "forward")
+
+        def backward(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+            return self._fail_or(graph, "backward")
+
+        self.blocks.add(blocks_of(method), aot_autograd(fw_compiler=forward, bw_compiler=backward))
+
+    def _fail_or(self, graph: torch.fx.GraphModule, part: str) -> object:
+        if part == self.part and self.graphs >= self.number:
+            raise RuntimeError("no such instruction")
+        return make_boxed_func(graph.forward)
+
+    def teardown(self, *_: object, **__: object) -> None:
+        self.blocks.undo()
+
+
+@pytest.mark.parametrize(
+    ("part", "number", "checkpointing"),
+    [
+        ("backward", 0, False),
+        pytest.param("forward", 0, False, marks=pytest.mark.slow),
+        pytest.param("forward", 4, True, marks=pytest.mark.slow),
+        pytest.param("backward", 4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_that_cannot_be_compiled_runs_without(
+    part, number, checkpointing, pipelines, shards, tmp_path, caplog
+):
+    """All of them, or those after some that were: checkpointing computes each again as it was."""
+    methods: list[Distillation] = []
+    lora = {"lora": {"rank": 2, "checkpointing": True}} if checkpointing else {}
+    for name, callbacks in (("eager", []), ("compiled", [Failing(number, part)])):
+        teacher = families.teacher_at(pipelines("mmdit"))
+        methods.append(tiny.ladd(teacher, **lora))
+        trained(methods[-1], tmp_path / name, shards, *callbacks)
+    said = [m for m in caplog.messages if m.startswith("trainer.compile: ")]
+    what = "cannot be compiled, and the run goes on without (no such instruction)"
+    assert said == [f"trainer.compile: JointTransformerBlock {what}"]
+    close(methods[1].student, methods[0].student)
+    close(methods[1].heads, methods[0].heads)
+
+
+def test_errors_of_a_block_itself_are_raised(pipelines):
+    teacher = families.teacher_at(pipelines("mmdit"))
+    network, blocks = teacher.network, CompiledBlocks()
+    blocks.add(iter(repeated_blocks(network.model)), EAGER)
+    with pytest.raises(RuntimeError, match="shape"):
+        repeated_blocks(network.model)[0](
+            torch.ones(1, 2, 3), torch.ones(1, 2, 5), torch.ones(1, 7)
+        )
+    blocks.undo()
+
+
+def test_nothing_compiled_stays_for_the_next_training(pipelines):
+    """Jobs of a sweep share a process, and classes of blocks their graphs."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as autograd
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as graphs_of
+
+    teacher, blocks = families.teacher_at(pipelines("mmdit")), CompiledBlocks()
+    settings = [(dynamo, "recompile_limit"), (autograd, "force_non_lazy_backward_lowering")]
+    before = [getattr(*setting) for setting in settings]
+    block = repeated_blocks(teacher.network.model)[0]
+    x, t = torch.randn(1, *teacher.latent_shape), torch.tensor([0.3])
+    blocks.add(iter([block]), EAGER)
+    with torch.no_grad():
+        teacher.x0(x, t, teacher.embed(["a cat"]))
+    assert graphs_of(type(block).forward.__code__)
+    blocks.undo()
+    assert not graphs_of(type(block).forward.__code__)
+    assert [getattr(*setting) for setting in settings] == before
 
 
 @pytest.mark.parametrize("family", ["unet", "sdxl"])

@@ -195,7 +195,7 @@ def test_no_key_of_a_strangers_run_does_anything(name, place, listener, capsys):
     if name == "run":
         assert refused(found) == set(found)  # it reads all of them
     else:
-        assert {"teacher", "teacher.path"} <= refused(found)
+        assert "teacher.path" in refused(found)  # a node's class is not looked at for its path
 
 
 @pytest.mark.slow

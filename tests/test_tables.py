@@ -1,125 +1,265 @@
-"""The table of an evaluation as text, markdown and HTML; pages escape all text."""
+"""Tables: prompts of .csv, .tsv, .jsonl and .parquet, and Hugging Face's pictures in .parquet."""
 
 from __future__ import annotations
 
-import re
-import time
+import io
+import itertools
+import json
+from pathlib import Path
 
+import fsspec
+import numpy as np
 import pytest
-from jinja2 import UndefinedError
+import torch
+from PIL import Image
 
-from distill.evaluation.tables import (
-    MEASURES,
-    Column,
-    Line,
-    Row,
-    Table,
-    as_markdown,
-    as_text,
-    columns_of,
-    in_terminal,
-    table_by_steps,
-    table_in_order,
-)
-from distill.report.page import html, join_html, render
-from hostile import EVIL
+from distill.data import source, stores
+from distill.data.lines import Lines
 
-ROWS = [
-    Row("teacher", 4, {"prompt_accuracy": 0.625, "fid": 20.5}),
-    Row("student", 1, {"prompt_accuracy": 0.5, "fid": 12.25, "density": 1.5}),
-    Row("student", 4, {"prompt_accuracy": 0.75, "fid": 20.5}),
-]
+TEXTS = ["a red star", 'a "blue" ring, thin', "zwei Kreise\nübereinander"]
+READ = ["a red star", 'a "blue" ring, thin', "zwei Kreise übereinander"]
 
 
-def best_cells(table: Table) -> list[list[str]]:
-    """The best cells of each line, as text."""
-    rows = [row for body in table.bodies for row in table.rows(body)]
-    return [[cell.text for cell in cells if cell.best] for _, cells in rows]
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stores.listed.cache_clear()
 
 
-def test_columns_in_a_terminal_have_a_fixed_width():
-    rows = [{"who": row.who, "steps": row.steps, **row.scores} for row in ROWS]
-    rows.append({"who": "data", "steps": 0, "fid": float("nan"), "kind": 1.0})
-    assert in_terminal(rows).splitlines() == [
-        "           steps   prompt accuracy               fid           density",
-        "teacher        4             0.625              20.5                 -",
-        "student        1               0.5             12.25               1.5",
-        "student        4              0.75              20.5                 -",
-        "data                             -               nan                 -",
-    ]
+def table(folder: Path, end: str, column: str = "prompt", texts=TEXTS) -> str:
+    """A table with this column, and another one of texts."""
+    import csv
+
+    file = folder / f"p.{end}"
+    rows = [{"id": str(i), column: text} for i, text in enumerate([*texts, None, "  "])]
+    if end in ("csv", "tsv"):
+        with file.open("w", newline="", encoding="utf-8-sig") as opened:
+            writer = csv.DictWriter(opened, ["id", column], delimiter="\t" if end == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif end == "jsonl":
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        file.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), file)
+    return str(file)
 
 
-def test_markdown_has_the_requested_measures_in_their_order():
-    table = as_markdown(table_in_order(ROWS, ["fid", "kid", "prompt_accuracy"], "{:.3f}"))
-    assert table.splitlines() == [
-        "| who | steps | fid | prompt accuracy |",
-        "|---|---|---|---|",
-        "| teacher | 4 | 20.500 | 0.625 |",
-        "| student | 1 | 12.250 | 0.500 |",
-        "| student | 4 | 20.500 | 0.750 |",
-    ]
+# -- prompts ---------------------------------------------------------------------------------------
 
 
-def test_the_best_is_marked_per_number_of_steps_and_not_if_all_are_equal():
-    table = table_by_steps(ROWS)
-    assert [[line.labels[0] for line in body] for body in table.bodies] == [
-        ["Student, 1 step"],
-        ["Student, 4 steps", "Teacher, 4 steps"],
-    ]
-    assert table.heads == ["Sampler", "Prompts right\xa0↑", "FID\xa0↓", "Density (data:\xa01)"]
-    assert best_cells(table) == [[], ["75.0%"], []]
+@pytest.mark.parametrize("end", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("column", [None, "words"])
+def test_the_texts_of_a_column(end, column, tmp_path):
+    found = Lines(table(tmp_path, end, column or "caption"), column=column)
+    assert found.lines == READ
+    found = source.prompts(found.path, batch_size=3, column=column)
+    assert sorted(next(iter(found.loader(seed=0)))["caption"]) == sorted(READ)
+
+
+def test_lines_that_are_texts_and_tables_of_one_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text('"one"\n\n"two"\n', encoding="utf-8")
+    assert Lines(str(tmp_path / "a.jsonl")).lines == ["one", "two"]
+    (tmp_path / "b.csv").write_text("words\none\ntwo\n", encoding="utf-8")
+    assert Lines(str(tmp_path / "b.csv")).lines == ["one", "two"]
 
 
 @pytest.mark.parametrize(
-    ("better", "best"), [("higher", 2.0), ("lower", -0.1), ("as data", 1.2), ("neither", None)]
+    ("content", "end", "column", "said"),
+    [
+        (
+            "id,words\n1,one\n",
+            "csv",
+            None,
+            "has no column prompt, caption or text, only id, words;",
+        ),
+        (
+            "id,words\n1,one\n",
+            "csv",
+            "word",
+            "has no column word, only id, words; name one by data.",
+        ),
+        ("id,text\n1,\n", "csv", None, "its column text has no text; check it"),
+        ('{"text": 3}\n', "jsonl", None, "its column text holds 3, which is no text; name another"),
+        ('{"text": "a"}\n{oh\n', "jsonl", None, "line 2 is no JSON; repair it"),
+        ("[1]\n", "jsonl", None, "line 1 is no record; write {...} on each line"),
+        ("", "csv", None, "has no column prompt, caption or text, nothing"),
+        ('text\n"open\n', "csv", None, "cannot be read as a table ("),
+        ("no parquet", "parquet", None, "cannot be read as a table ("),
+        ("a\n", "txt", "text", "data.column=text: columns are read of a .csv, .tsv, .jsonl or"),
+    ],
 )
-def test_which_values_are_better(better, best):
-    column = Column("x", "X", better=better)
-    lines = [Line([str(x)], {"x": [x]}) for x in (2.0, 1.2, 0.3, -0.1)]
-    table = Table([""], [column], [lines])
-    assert [text for (text,) in filter(None, best_cells(table))] == (
-        [f"{best:.4g}"] if best else []
+def test_a_table_that_is_wrong(content, end, column, said, tmp_path):
+    if end == "parquet":
+        pytest.importorskip("pyarrow")
+    (file := tmp_path / f"x.{end}").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="data") as error:
+        Lines(str(file), column=column)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_commands_take_tables_and_name_the_column(command, pipelines, tmp_path):
+    path = table(tmp_path, "csv", "words")
+    given = [f"run={pipelines('mmdit')}", f"prompts={path}", "out=pictures"]
+    code, _, err = command("sample", *given)
+    assert code == 1
+    assert (
+        f"prompts={path}: has no column prompt, caption or text, only id, words; name one by" in err
     )
+    assert "column=" in err
+    code, _, err = command("sample", *given, "column=words", "guidance=5", "steps=2", "size=64")
+    assert code == 0, err
+    assert len(list((tmp_path / "pictures").glob("0*.png"))) == 3
+    words = ["data=prompts", f"data.path={path}", "data.column=words", f"metrics.path={path}"]
+    words += ["metrics=prompts", "metrics.column=words", f"callbacks.samples.prompts={path}"]
+    teacher = [f"teacher.path={pipelines('mmdit')}", "debug=smoke", "--cfg", "job"]
+    code, _, err = command("run", *teacher, *words, "callbacks.samples.column=words")
+    assert code == 0, err
 
 
-def test_scores_of_seeds_are_shown_as_mean_and_deviation():
-    column = Column("x", "X", "{:.1f}")
-    assert column.text([1.0, 3.0]) == "2.0 ± 1.4"
-    assert column.text([1.0]) == "1.0"
-    assert column.text([]) == "–"
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    import importlib.util
+
+    path = table(tmp_path, "parquet")
+    own = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "pyarrow" else own(n, *a)
+    )
+    with pytest.raises(ValueError, match=r"pyarrow is not installed; pip install 'distill\[parq"):
+        Lines(path)
+    with pytest.raises(ValueError, match=r"data\.path=.*pyarrow is not installed; pip install"):
+        source.images(path, size=8, batch_size=2)
 
 
-def test_a_table_of_a_thousand_lines_is_written_in_seconds():
-    lines = [Line([f"run {i}", "1"], {key: [i, i + 1.0] for key in MEASURES}) for i in range(1000)]
-    table = Table(["", "steps"], columns_of(MEASURES, lines), [lines])
-    began = time.process_time()
-    assert render("sortable_scores", table).count("<tr>") == 1001
-    assert time.process_time() - began < 20
+# -- pictures --------------------------------------------------------------------------------------
 
 
-def test_the_head_of_every_measure_shows_its_direction():
-    for key, measure in MEASURES.items():
-        assert measure.head.endswith(("↑", "↓", "(data:\xa01)")) or key == "variety"
+def picture(number: int, form: str) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), form)
+    return file.getvalue()
 
 
-def test_all_writers_escape_the_texts_of_a_table():
-    table = Table([EVIL, "steps"], [Column("x", EVIL)], [[Line([EVIL, EVIL], {"x": [1.0]})]])
-    rows = as_markdown(table).splitlines()
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {4}
-    assert not re.search(r"(?<!\\)[`<]", "".join(rows))
-    for page in (render("scores_by_steps", table, EVIL, EVIL), render("sortable_scores", table)):
-        assert "<script>alert" not in page
-        assert "alert(1)" in page
-    assert "\x1b" not in as_text(table)
+ROWS = [
+    {
+        "id": i,
+        "image": {"bytes": picture(i, ("PNG", "JPEG", "WEBP")[i % 3]), "path": f"{i}.x"},
+        "text": f"caption {i}",
+    }
+    for i in range(20)
+]
 
 
-def test_a_page_escapes_everything_but_html_of_macros():
-    page = html(EVIL, EVIL, [(EVIL, EVIL, EVIL)], pictures=EVIL, training=render("note", EVIL))
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") >= 6
-    assert join_html(render("note", "<i>"), "<b>") == '<p class="soft">&lt;i&gt;</p>\n\n&lt;b&gt;'
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A data set as Hugging Face keeps it: two files, in row groups of three rows."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    folder = tmp_path_factory.mktemp("hf")
+    (folder / "data").mkdir()
+    for part in range(2):
+        file = folder / "data" / f"train-0000{part}-of-00002.parquet"
+        rows = ROWS[part * 10 : part * 10 + 10]
+        pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), file, row_group_size=3)
+    (folder / "README.md").write_text("A data set.", encoding="utf-8")
+    return folder
 
 
-def test_a_macro_without_its_argument_fails():
-    with pytest.raises(UndefinedError):
-        render("note")
+@pytest.fixture(scope="module")
+def as_tars(tmp_path_factory):
+    """The same samples as shards: one for each row group."""
+    from distill.data.write import write_shard
+
+    folder = tmp_path_factory.mktemp("tars")
+    ends = ("png", "jpg", "webp")
+    for part, group in itertools.product(range(2), range(4)):
+        numbers = range(part * 10 + 3 * group, min(part * 10 + 3 * group + 3, part * 10 + 10))
+        samples = (
+            (f"{i - part * 10:08d}", {ends[i % 3]: ROWS[i]["image"]["bytes"],
+                                      "txt": ROWS[i]["text"].encode()})
+            for i in numbers
+        )  # fmt: skip
+        write_shard(folder / f"{part}-{group}.tar", samples)
+    return folder
+
+
+def batches(path, count=9, workers=0, order=None, **options):
+    keys = {"seed": 3, "rank": 0, "world": 1, "start": 0} | (order or {})
+    data = source.images(str(path), size=16, batch_size=4, num_workers=workers, **options)
+    return list(itertools.islice(data.loader(**keys), count)), data.dataset
+
+
+def same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a["caption"] == b["caption"]
+        assert torch.equal(a["pixels"], b["pixels"])
+
+
+@pytest.mark.parametrize(
+    "order", [{}, {"start": 4}, {"rank": 1, "world": 2}], ids=["fresh", "resumed", "second rank"]
+)
+def test_pictures_as_of_shards_in_the_same_order(order, tables, as_tars):
+    found, data = batches(tables, order=order)
+    expected, tars = batches(as_tars, order=order)
+    same(found, expected)
+    assert len(data) == len(ROWS)
+    assert data.shards.digest() == tars.shards.digest()
+
+
+def test_patterns_and_stores(tables, as_tars):
+    expected, _ = batches(as_tars)
+    fs = fsspec.filesystem("memory")
+    for file in tables.rglob("*.parquet"):
+        fs.pipe_file(f"/hf/data/{file.name}", file.read_bytes())
+    for path in (f"{tables}/data/*.parquet", "memory://hf", "memory://hf/data/*.parquet"):
+        same(batches(path)[0], expected)
+    same(batches("memory://hf", workers=2)[0], expected)
+    fs.rm("/hf", recursive=True)
+
+
+def test_they_are_written_out_once(tables, tmp_path):
+    batches(tables)
+    place = tmp_path / "cache" / "distill" / "shards"
+    times = {path: path.stat().st_ctime_ns for path in place.glob("*.json")}
+    before = {path.name: path.stat().st_ino for path in place.glob("*.tar")}
+    batches(tables)
+    assert {path.name: path.stat().st_ino for path in place.glob("*.tar")} == before
+    assert {path: path.stat().st_ctime_ns for path in place.glob("*.json")} == times
+
+
+def test_tables_that_cannot_be_used(tables, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.cache_gb=1e-08: .* GB as shards, .*; raise it, or"
+    ):
+        batches(tables, cache_gb=1e-8)
+    with pytest.raises(ValueError, match=r"has no column jpeg, only image; .* data\.image_column="):
+        batches(tables, image_column="jpeg")
+    with pytest.raises(ValueError, match="has no column words, only text; .* data.caption_column"):
+        batches(tables, caption_column="words")
+    (cut := tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(100))
+    with pytest.raises(ValueError, match=r"cut\.parquet: cannot be read as Parquet \("):
+        batches(cut)
+    with pytest.raises(FileNotFoundError, match="No file matches"):
+        batches(tmp_path / "no*.parquet")
+
+
+def test_columns_by_name_and_rows_without_a_picture(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [
+        {"raw": picture(i, "PNG") if i else None, "a": "no", "b": [f"b {i}", "other"]}
+        for i in range(30)
+    ]
+    pyarrow.parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    options = {"image_column": "raw", "caption_column": "b"}
+    found, data = batches(tmp_path / "x.parquet", **options)
+    assert all(caption.startswith("b ") for batch in found for caption in batch["caption"])
+    assert len(data.bad) == 1

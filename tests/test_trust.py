@@ -15,7 +15,17 @@ from omegaconf import OmegaConf
 from distill.config import compose, trust
 from distill.storage import trusted
 
+TEACHERS = (
+    "chroma.Chroma edit.Edits edit.FluxKontext edit.InstructPix2Pix "
+    "edit.InstructPix2PixXL flux.Flux flux2.Flux2 flux2.Flux2Family "
+    "flux2.Flux2Klein inpaint.Fills inpaint.FluxFill inpaint.SD3Inpaint "
+    "inpaint.SDInpaint inpaint.SDXLInpaint kolors.Kolors lumina2.Lumina2 "
+    "pipeline.PipelineTeacher pixart.PixArtAlpha pixart.PixArtSigma "
+    "qwenimage.QwenImage sana.Sana sana.SanaSprint sd.SD sd3.SD3 sdxl.SDXL "
+    "sized.SizedTeacher wan.Wan zimage.ZImage"
+)
 HEADS = (
+    "fake_score.Classifier fake_score.Classifiers fake_score.FakeScore fake_score.Halving "
     "heads.AllHeads heads.ConvHead heads.ConvHeads images.ImageFeatures pool.DrawnHeads pool.Pool "
     "projection.OpenClipText projection.Projection stylegan_t.EqualisedLinear "
     "stylegan_t.LocalBatchNorm stylegan_t.StyleGANTHeads stylegan_t.TokenHead "
@@ -26,38 +36,40 @@ OPTIMIZERS = (
     "adamw.AdamW asgd.ASGD lbfgs.LBFGS nadam.NAdam optimizer.Optimizer radam.RAdam "
     "rmsprop.RMSprop rprop.Rprop sgd.SGD sparse_adam.SparseAdam"
 )
+OURS = "adafactor adamw8bit adamw8bit_bnb muon prodigy schedule_free"
 # Key -> all that a stranger's configuration may name there: module, and what of it. None of these
 # removes, sends or runs anything; those that read a model take a folder or a hub id, and no code.
 REVIEWED = {
     "method": {
         "distill.methods": (
-            "add.ADD base.Distillation consistency.ConsistencyDistillation ladd.LADD "
-            "nitrofusion.NitroFusion regression.Regression"
+            "add.ADD base.Distillation consistency.ConsistencyDistillation dmd2.DMD2 dpo.DPO "
+            "ladd.LADD nitrofusion.NitroFusion regression.Regression"
         )
     },
     "method.*": {
         "distill.core.score_distillation": "ScoreDistillation ScoreDraws TeacherSamples",
         "distill.teachers.decoder": "TinyDecoder",
-        "distill.core.times": "Discrete LogitNormal Refinement Uniform",
+        "distill.core.times": "Discrete LogitNormal Refinement ResolutionShift Uniform",
     },
-    "teacher": {
-        "distill.teachers": (
-            "flux.Flux pipeline.PipelineTeacher pixart.PixArtSigma sana.Sana sd.SD "
-            "sd3.SD3 sdxl.SDXL"
-        )
-    },
+    "teacher": {"distill.teachers": TEACHERS},
+    "score_teacher": {"distill.teachers": TEACHERS},
     "student": {"distill.students": "full lora.lora"},
     "discriminator.features": {"distill.discriminators": HEADS},
     "discriminator.heads": {"distill.discriminators": HEADS},
     "discriminator.condition": {"distill.discriminators": HEADS},
     "discriminator.condition.*": {"distill.discriminators": HEADS},
-    "data": {"distill.data.source": "drawn images latents prompts"},
-    "data.reader": {"distill.worlds.shapes.scenes": "Scenes"},
+    "data": {"distill.data.source": "drawn images latents pairs preferences prompts"},
+    "data.reader": {"distill.worlds.shapes.scenes": "Edits Scenes"},
     "loop": {"distill.training.loop_settings": "LoopSettings"},
-    "optimizer.student": {"torch.optim": OPTIMIZERS},
-    "optimizer.discriminator": {"torch.optim": OPTIMIZERS},
-    "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps"},
-    "metrics": {"distill.evaluation": "shapes.Shapes prompted.Prompted"},
+    "optimizer.student": {"torch.optim": OPTIMIZERS, "distill.training.optimizers": OURS},
+    "optimizer.discriminator": {"torch.optim": OPTIMIZERS, "distill.training.optimizers": OURS},
+    "optimizer.fake_score": {"torch.optim": OPTIMIZERS, "distill.training.optimizers": OURS},
+    "sampler": {"distill.sampling": "Consistency Euler EulerAncestral FewSteps guided.Guided"},
+    "metrics": {
+        "distill.evaluation": (
+            "shapes.Shapes shapes_edit.EditedShapes shapes_fill.FilledShapes prompted.Prompted"
+        )
+    },
     "metrics.networks.*": {
         "distill.evaluation.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers"
     },
@@ -68,6 +80,7 @@ REVIEWED = {
     "trainer.strategy": {"distill.training.strategies": "DataParallel FullyShardedDataParallel"},
     "callbacks.*": {
         "distill.training.callbacks": "Alarms Health Progress Samples",
+        "distill.training.scoring": "Scores",
         "distill.training.checkpoints": "Checkpoints",
         "lightning.pytorch.callbacks": (
             "DeviceStatsMonitor EarlyStopping LearningRateMonitor ModelSummary Timer"
@@ -75,6 +88,7 @@ REVIEWED = {
     },
     "logger.*": {
         "distill.training.csv_logger": "CsvLog",
+        "distill.training.trackers.kinds": "Mlflow Trackio Wandb",
         "lightning.pytorch.loggers": "CSVLogger TensorBoardLogger",
     },
 }
@@ -255,6 +269,11 @@ def test_a_run_of_ones_own_is_named_by_the_environment(mine, tmp_path, monkeypat
 
 # -- files -----------------------------------------------------------------------------------------
 
+# What makes YAML's own constructors raise KeyError, IndexError, AttributeError and the like.
+MISFITS = ["seed: !!bool x", "seed: !!int ''", "seed: !!int x", "seed: !!float ''"]
+MISFITS += ["seed: !!timestamp x", "seed: !!map [1]", "seed: !!set [1]", "seed: " + "9" * 5000]
+MISFITS += ["seed: 0x" + "f" * 5000, "seed: " + "1:" * 5000 + "1"]
+
 WRONG = {
     "name: '${seed}'": "name=${seed}: holds an interpolation",
     "name: '${'": "name=${: holds an interpolation",
@@ -266,6 +285,8 @@ WRONG = {
     "seed: !!python/object/apply:pathlib.Path [x]": "is no configuration (line 1)",
     "seed: !!binary aGk=": "seed: a bytes is no value",
     "seed: {1: x}": "1 is no name of a key",
+    **dict.fromkeys(MISFITS, "holds a value that is not of its type, or a number"),
+    "method: " + "{a: " * 300 + "1" + "}" * 300: "values nested more than 64 deep",
     "a: &a [1]\nb: *a": "holds an alias (*name)",
     "seed: 1\nseed: 2": "is no configuration (line 2)",
     "[1, 2]": "is no mapping of keys",

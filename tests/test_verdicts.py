@@ -10,7 +10,13 @@ import shutil
 import pytest
 from PIL import Image
 
-from distill.evaluation.results import add_result, comparable, promote_newest, results_in
+from distill.evaluation.results import (
+    add_result,
+    comparable,
+    packed,
+    promote_newest,
+    results_in,
+)
 from distill.evaluation.tables import rows_of
 from distill.report.runs import read_comparable
 
@@ -39,6 +45,14 @@ def test_another_protocol_stands_beside_a_run_s_own():
     assert again["protocol"] == OWN
 
 
+def test_protocols_that_differ_in_the_teacher_alone_have_pictures_of_their_own():
+    file = {}
+    for guidance in (4.0, 5.0, 6.0):
+        protocol = {**OWN, "teacher guidance": guidance}
+        file, _ = add_result(file, verdict(protocol, teacher_4=1.0), "a")
+    assert len({v["picture"] for v in results_in(file)}) == 3
+
+
 def test_the_same_protocol_takes_the_new_rows_and_keeps_the_others():
     file, _ = add_result({}, verdict(OWN, teacher_4=1.0, student_1=2.0, student_2=3.0), "a")
     fewer = {k: v for k, v in OWN.items() if not k.startswith("teacher")}
@@ -49,6 +63,15 @@ def test_the_same_protocol_takes_the_new_rows_and_keeps_the_others():
     assert found == {("teacher", 4): 1.0, ("student", 1): 2.0, ("student", 2): 5.0}
     assert after["protocol"] == {**OWN, "kid": "Inception"}
     assert entry["picture"] == "comparison.png"
+
+
+def test_outcomes_of_single_prompts_are_merged_by_measure():
+    old = verdict(OWN, student_1=2.0)
+    old["rows"][0]["outcomes"] = packed({"frechet": [1.0, 3.0], "fid": [2.0, 2.0]})
+    new = verdict(OWN, student_1=2.5)
+    new["rows"][0]["outcomes"] = packed({"frechet": [2.0, 3.0]})
+    after, _ = add_result(promote_newest(add_result({}, old, "a")[0]), new, "a")
+    assert rows_of(after)[0].outcomes == {"frechet": [2.0, 3.0], "fid": [2.0, 2.0]}
 
 
 def test_verdicts_on_another_student_go():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 
 import lightning as L
 import pytest
@@ -16,6 +17,7 @@ import torch
 import pretended
 import tiny
 from distill.core import randomness
+from distill.core.process import RectifiedFlow, level_like
 from distill.core.score_distillation import ScoreDistillation, ScoreDraws, guided_x0
 from distill.core.times import Discrete, LogitNormal
 from distill.core.transfers import Later, host_values, send
@@ -36,21 +38,27 @@ BATCHES = [
 ]
 TOY = tiny.Toy()
 NFSD = {"distill": ScoreDistillation(kind="nfsd", guidance=2.0), "negative": "a blur"}
+slow = partial(pytest.param, marks=pytest.mark.slow)  # one of each method is in every run
 TRAININGS = [  # method, its options, and its teacher
-    ("ladd", {}, "mmdit"),
-    ("ladd", {}, "sdxl"),
+    slow("ladd", {}, "mmdit"),
+    slow("ladd", {}, "sdxl"),
     ("ladd", {"r1_weight": 1e-2, "distill_weight": 1.0, "misaligned": 0.5}, "unet"),
-    ("ladd", {"loss": "relativistic", "shared": True}, "mmdit"),
-    ("add", {}, "unet"),
+    slow("ladd", {"loss": "relativistic", "shared": True}, "mmdit"),
+    slow("add", {}, "unet"),
     ("add", {"crop": 8, "distill": ScoreDistillation(guidance=(1.0, 3.0))}, "mmdit"),
-    ("add", NFSD, "unet"),
-    ("nitrofusion", {}, "mmdit"),
+    slow("add", NFSD, "unet"),
+    slow("nitrofusion", {}, "mmdit"),
     ("nitrofusion", {"mixed": True, "shared": False}, "unet"),
-    ("nitrofusion", {"refine": [0, 0], "one_step_prob": 0.0}, "sdxl"),
-    ("nitrofusion", {"warm_start": 9, "heads_lead": 7, "pairs_weight": 0.0}, "unet"),
+    slow("nitrofusion", {"refine": [0, 0], "one_step_prob": 0.0}, "sdxl"),
+    slow("nitrofusion", {"warm_start": 9, "heads_lead": 7, "pairs_weight": 0.0}, "unet"),
+    ("dmd2", {"levels": [1.0, 0.75, 0.5, 0.25]}, "mmdit"),
+    slow("dmd2", {}, "sdxl"),
     ("regression", {}, "unet"),
     ("consistency", {}, "mmdit"),
+    ("dpo", {}, "unet"),
 ]
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def fused(parameters):
 
 def method_of(name, teacher, options=None, **settings):
     method = tiny.METHODS[name](teacher, options=options, **settings)
-    method.loop.factories = Optimizers(student=fused, discriminator=fused)
+    method.loop.factories = Optimizers(student=fused, discriminator=fused, fake_score=fused)
     return method
 
 
@@ -242,6 +250,19 @@ def test_what_python_skips_itself_is_counted_at_once_there_too(tmp_path):
     assert found[0][1][0] == (6, 6, 2, 8)
 
 
+def test_a_refreshed_head_starts_anew_with_any_optimizer(tmp_path):
+    """Zeros are no new state of NAdam, whose product of momenta starts at one."""
+    found = []
+    for on_device in (None, pretended.OnDevice(own_generators=False)):
+        method = method_of("nitrofusion", TOY, {"refine": [0]}, pool={"refresh": 0.5})
+        heads = partial(torch.optim.NAdam, lr=1e-3, foreach=False)
+        method.loop.factories = Optimizers(student=fused, discriminator=heads)
+        trainer = trained(method, tmp_path / "x", 4, on_device=on_device)
+        found.append(results(method, trainer))
+    assert equal(*found)
+    assert 0 < len(found[0][2][1]) < len(method.heads.heads)
+
+
 @pytest.mark.parametrize("bad", [set(), {2}], ids=str)
 def test_refreshed_heads_keep_their_values_where_the_update_is_skipped(bad, tmp_path):
     found = []
@@ -278,16 +299,37 @@ def test_so_many_in_a_row_end_it_there_too(tmp_path, caplog):
 
 
 class SaveAt(L.Callback):
-    """Saves, as a signal does, after an iteration."""
+    """Saves after an iteration, as a user's callback does."""
 
     def __init__(self, iteration, path):
         self.iteration, self.path = iteration, path
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if pl_module.loop.iteration == self.iteration:
-            pl_module.loop.settle()
             trainer.save_checkpoint(self.path)
             trainer.should_stop = True
+
+
+def test_all_ranks_act_on_a_signal_in_the_same_iteration(tmp_path):
+    """Also where one of them, in a callback of the user, has read a newer row than the others."""
+
+    class Signal(L.Callback):
+        def __init__(self, asks):
+            self.asks, self.signalled = asks, []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            loop = pl_module.loop
+            if self.asks:
+                assert loop.ema
+            loop.own_signal = 15 * (loop.iteration == 2)
+            self.signalled.append(loop.signalled)
+
+    found = []
+    for asks in (False, True):
+        seen = Signal(asks)
+        trained(method_of("ladd", TOY), tmp_path, 6, seen, on_device=pretended.OnDevice())
+        found.append(seen.signalled)
+    assert found == [[False, False, False, True, False, False]] * 2
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
@@ -307,6 +349,8 @@ def test_a_resumed_training_draws_as_the_uninterrupted_one(stop, tmp_path):
     half, device = made(), pretended.OnDevice(own_generators=False)
     trained(half, tmp_path, 7, SaveAt(stop, path), on_device=device)
     rest, device = made(), pretended.OnDevice(own_generators=False)
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == saved["distill"]["iteration"] - saved["distill"]["skipped"]
     trainer = trained(rest, tmp_path, 7, on_device=device, start=stop, checkpoint=str(path))
     assert equal(results(rest, trainer), uninterrupted)
     assert tiny.same(tiny.weights(rest.student), tiny.weights(whole.student))
@@ -349,6 +393,16 @@ def test_numbers_for_decisions_are_those_of_a_generator_of_the_cpu():
     assert randomness.on_host(first, "b") is first
 
 
+def test_a_level_without_data_is_named_on_a_device_too():
+    process, x = RectifiedFlow(), torch.zeros(2, 1)
+    with pretended.device() as seen:
+        x_t = x * 1
+        with pytest.raises(ValueError, match="alpha"):
+            process.to_x0(x_t, x_t, level_like(x_t, 1.0), "eps")
+        assert not seen.reads
+        assert not seen.uploads
+
+
 def test_what_is_on_the_cpu_is_neither_sent_nor_copied():
     x = torch.arange(3.0)
     assert send(x, torch.device("cpu")) is x
@@ -356,30 +410,45 @@ def test_what_is_on_the_cpu_is_neither_sent_nor_copied():
     assert Later(x).read() == [0.0, 1.0, 2.0]
 
 
-class Ranks:
-    """Of two ranks the other one, whose values are twice ours and whose user pressed Ctrl-C."""
+def with_another(values):
+    """The mean over two ranks; of the other the values are twice ours, and its user pressed
+    Ctrl-C.
+    """
+    other = values * 2
+    other[-1] = 1.0
+    return (values + other) / 2
 
-    def reduce(self, values, reduce_op):
-        assert reduce_op == "mean"
-        other = values * 2
-        other[-1] = 1.0
-        return (values + other) / 2
 
-
-@pytest.mark.parametrize("ranks", [None, Ranks()], ids=["one", "two"])
+@pytest.mark.parametrize("ranks", [None, with_another], ids=["one", "two"])
 def test_a_row_brings_the_values_and_the_news_of_a_signal(ranks):
     current = {"d/real": torch.tensor(2.0), "d/lr": 0.1, "g/adv": torch.tensor(4.0)}
     applied = [("d", torch.tensor(True)), ("g", torch.tensor(False))]
-    row = Row.of(current, applied, None, 0, step=3, updated=True)
+    row = Row.of(current, applied, CPU, None, 0, step=3, updated=True)
     assert row.read() == ({"d/real": 2.0, "d/lr": as32(0.1), "g/adv": 4.0}, [True, False], False)
     assert row.is_assumed
     assert not row.is_known_bad
-    row = Row.of(current, [("g", False)], ranks, 0, step=3, updated=True)
+    row = Row.of(current, [("g", False)], CPU, ranks, 0, step=3, updated=True)
     more = 1.5 if ranks else 1.0
     expected = {"d/real": 2 * more, "d/lr": as32(0.1), "g/adv": 4 * more}
     assert row.read() == (expected, [False], ranks is not None)
     assert row.is_known_bad
-    assert Row.of({}, [("g", True)], None, 15, step=3, updated=True).read() == ({}, [True], True)
+    row = Row.of({}, [("g", True)], CPU, None, 15, step=3, updated=True)
+    assert row.read() == ({}, [True], True)
+
+
+def test_a_row_is_on_the_device_though_all_its_values_are_on_the_host():
+    """There alone can some backends reduce it: NCCL knows no CPU."""
+    places = []
+
+    def average(values):
+        places.append(values.device)
+        return with_another(values)
+
+    with pretended.device():
+        current = {"d/lr": 0.5, "d/grad_norm": torch.tensor(0.0)}
+        row = Row.of(current, [("d", True)], pretended.GPU, average, 0, step=3, updated=False)
+        assert row.late
+    assert places == [pretended.GPU]
 
 
 def as32(number):

@@ -150,6 +150,28 @@ def test_the_export_command_writes_and_applies_a_delta(
     assert all(torch.allclose(two[k], v, rtol=1e-2, atol=5e-3) for k, v in one.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        (5, {}, "names a scheduler 5, which"),
+        ("torch", {}, "names a scheduler torch, which"),
+        ("SchedulerMixin", {}, "names a scheduler SchedulerMixin, which"),
+        ("EulerDiscreteScheduler", None, "its scheduler's settings are None, and must"),
+        ("EulerDiscreteScheduler", "evil/repository", "settings are evil/repository, and must be"),
+        ("EulerDiscreteScheduler", {"num_train_timesteps": 10**10}, "must be 1 to 100,000"),
+        ("EulerDiscreteScheduler", {"beta_start": "x"}, "its scheduler cannot be made ("),
+    ],
+)
+def test_a_scheduler_of_a_strangers_delta_is_named(name, settings, expected, teacher, tmp_path):
+    """As a text its settings would be fetched from the hub."""
+    file, about = tmp_path / "d.safetensors", {"delta": name, "scheduler": settings}
+    save_file({"x": torch.zeros(1)}, file, {"distill": json.dumps(about)})
+    with pytest.raises(ValueError, match="delta=.*d.safetensors: ") as caught:
+        students.apply_delta(teacher, file, tmp_path / "out")
+    assert expected in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_there_is_not_replaced_by_a_delta_s(command, pipelines, tmp_path):
     precious = tmp_path / "mine" / "thesis.tex"
     precious.parent.mkdir()

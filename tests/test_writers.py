@@ -436,7 +436,7 @@ def test_others_may_read_what_they_may_read_of_any_new_file(tmp_path):
 
 @posix
 @pytest.mark.parametrize("name", [".distill.lock", ".run.distill.lock"])
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder"])
 def test_a_lock_that_is_no_file_is_refused_and_what_it_points_to_stays(kind, name, tmp_path):
     victim = tmp_path / "victim.txt"
     victim.write_text("mine", encoding="utf-8")
@@ -444,6 +444,7 @@ def test_a_lock_that_is_no_file_is_refused_and_what_it_points_to_stays(kind, nam
     folder.mkdir()
     lock = folder / name if name == locks.NAME else tmp_path / name
     make = {"link": lambda: lock.symlink_to(victim), "pipe": lambda: os.mkfifo(lock)}
+    make["hard link"] = lambda: lock.hardlink_to(victim)
     make.get(kind, lock.mkdir)()
     began = time.monotonic()
     with pytest.raises(ValueError, match=rf"out={folder}: {lock} is .*remove it"):

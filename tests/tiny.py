@@ -5,10 +5,11 @@ in closed form.
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from distill.core.process import RectifiedFlow
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
-from distill.core.times import Discrete, LogitNormal
+from distill.core.times import Discrete, LogitNormal, Uniform
 from distill.core.types import Cond, Players
+from distill.discriminators.fake_score import Classifiers, FakeScore
 from distill.discriminators.heads import ConvHeads
 from distill.discriminators.images import ImageFeatures
 from distill.discriminators.pool import Pool
@@ -34,6 +36,8 @@ from distill.discriminators.teacher_features import TASKS, TeacherFeatures
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
 from distill.methods.consistency import ConsistencyDistillation
+from distill.methods.dmd2 import DMD2
+from distill.methods.dpo import DPO
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
 from distill.methods.regression import Regression
@@ -143,6 +147,21 @@ def write_shards(folder: Path, count: int = 24) -> Path:
     return folder
 
 
+def on_either(names: Iterable[str]) -> list[Any]:
+    """(name, family) for `parametrize`: each on one of two families in every run of the tests, on
+    the other among the slow ones.
+    """
+    import pytest
+
+    return [
+        pytest.param(
+            name, family, id=f"{family}-{name}", marks=[pytest.mark.slow] if (i + j) % 2 else []
+        )
+        for i, name in enumerate(names)
+        for j, family in enumerate(("mmdit", "unet"))
+    ]
+
+
 # -- the toy world ---------------------------------------------------------------------------------
 
 
@@ -158,8 +177,9 @@ class Toy(nn.Module):
     shape = (2, 4, 4)
     spread = 0.1
     channels = {"first": 16, "second": 16}
+    prediction = "flow"
     blocks = encoder = ("first", "second")
-    latent_shape, patch = shape, 1
+    latent_shape, patch, image_channels = shape, 1, 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,6 +206,9 @@ class Toy(nn.Module):
         first = nn.functional.leaky_relu(self.first(x_t), 0.2)
         maps = {"first": first, "second": nn.functional.leaky_relu(self.second(first), 0.2)}
         return [maps[name] for name in taps]
+
+    def image_of(self, batch: dict[str, Any]) -> None:
+        return None
 
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels
@@ -274,7 +297,8 @@ def loop(
     critic_eps: float = 1e-8,
     **settings: Any,
 ) -> TwoPlayerLoop:
-    optimizers = Optimizers(student=adam(rate, eps), discriminator=adam(critic_rate, critic_eps))
+    critic = adam(critic_rate, critic_eps)
+    optimizers = Optimizers(student=adam(rate, eps), discriminator=critic, fake_score=critic)
     return TwoPlayerLoop(optimizers, LoopSettings(**settings), seed=seed)
 
 
@@ -305,6 +329,38 @@ def parts(
         "heads": heads,
         "loop": loop(seed=seed, **options),
     }
+
+
+class ToyFakeScore(nn.Module):
+    """A copy of the toy that is free to leave it, with the toy's features, which learn too."""
+
+    space, prediction, channels = "a fake score", "flow", Toy.channels
+
+    def __init__(self, toy: Toy) -> None:
+        super().__init__()
+        self.process, self.score = toy.process, ToyStudent(toy)
+        self.first, self.second = copy.deepcopy([toy.first, toy.second])
+        self.requires_grad_(True)
+
+    def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.score.x0(x_t, t, cond)
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Cond, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        return Toy.features(self, x, t, cond, list(self.channels))
+
+
+def dmd2(teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any) -> DMD2:
+    given = parts(teacher, **loop_settings)
+    is_toy = isinstance(teacher, Toy)
+    given["features"] = features = ToyFakeScore(teacher) if is_toy else FakeScore(teacher)
+    torch.manual_seed(given["loop"].seed)
+    given["heads"] = Classifiers(features.channels, width=16, layers=1)
+    times = {"matching": Uniform(0.02, 0.98)}
+    times |= {name: Uniform(0.001, 1.0) for name in ("denoising", "renoise")}
+    own = {"levels": [1.0, 0.5], "guidance": 1.0 if is_toy else 2.0} | (options or {})
+    return assembled(DMD2, given, **times, **own)
 
 
 def assembled(kind: type[Distillation], given: dict[str, Any], **options: Any) -> Any:
@@ -367,8 +423,15 @@ def eyes(**options: Any) -> ImageFeatures:
     return ImageFeatures(str(vit()), size=SIDE, mean=[0.5] * 3, std=[0.5] * 3, **options)
 
 
-def add(teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any) -> ADD:
+def add(
+    teacher: Any,
+    *,
+    options: dict[str, Any] | None = None,
+    score_teacher: Any = None,
+    **loop_settings: Any,
+) -> ADD:
     given = parts(teacher, **loop_settings)
+    given["score_teacher"] = score_teacher
     given["features"] = features = ToyImages(teacher) if isinstance(teacher, Toy) else eyes()
     text = None if isinstance(teacher, Toy) else "teacher"
     given["condition"] = condition = Projection(teacher, features, text=text)
@@ -419,12 +482,25 @@ def consistency(
     )
 
 
+class PairedDPO(DPO):
+    """On data that hold no losers: each latent is preferred to its negative."""
+
+    def prepare_batch(self, batch: dict[str, Any], *generators: torch.Generator) -> Any:
+        return super().prepare_batch({"loser_x0": -batch["x0"], **batch}, *generators)
+
+
+def dpo(teacher: Any, *, options: dict[str, Any] | None = None, **loop_settings: Any) -> DPO:
+    given = alone(parts(teacher, **loop_settings))
+    own = {"beta": 5000.0, "times": Uniform(0.001, 1.0)} | (options or {})
+    return assembled(PairedDPO, given, **own)
+
+
 def alone(given: dict[str, Any]) -> dict[str, Any]:
     return {key: part for key, part in given.items() if key not in ("features", "heads")}
 
 
-GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion}
-METHODS = {**GAMES, "regression": regression, "consistency": consistency}
+GAMES = {"ladd": ladd, "add": add, "nitrofusion": nitrofusion, "dmd2": dmd2}
+METHODS = {**GAMES, "regression": regression, "consistency": consistency, "dpo": dpo}
 
 
 def trainer(

@@ -6,6 +6,7 @@ from distill.api.settings import arguments, compose
 from distill.core.score_distillation import ScoreDistillation
 from distill.core.times import Discrete, LogitNormal
 from distill.core.types import Batch, Cond, Logits, Losses, Players
+from distill.discriminators.fake_score import Classifiers, FakeScore
 from distill.discriminators.heads import AllHeads, ConvHeads
 from distill.discriminators.images import ImageFeatures
 from distill.discriminators.pool import Pool
@@ -14,6 +15,8 @@ from distill.discriminators.teacher_features import TeacherFeatures
 from distill.methods.add import ADD
 from distill.methods.base import Distillation
 from distill.methods.consistency import ConsistencyDistillation
+from distill.methods.dmd2 import DMD2
+from distill.methods.dpo import DPO
 from distill.methods.ladd import LADD
 from distill.methods.nitrofusion import NitroFusion
 from distill.methods.regression import Regression
@@ -38,6 +41,8 @@ __all__ = [
     "ADD",
     "LADD",
     "NitroFusion",
+    "DMD2",
+    "DPO",
     "ConsistencyDistillation",
     "Regression",
     "Distillation",
@@ -48,6 +53,8 @@ __all__ = [
     "Losses",
     "TeacherFeatures",
     "ImageFeatures",
+    "FakeScore",
+    "Classifiers",
     "AllHeads",
     "ConvHeads",
     "StyleGANTHeads",

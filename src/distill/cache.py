@@ -8,16 +8,18 @@ the command. Give a killed command again, and it continues.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from distill.config import validate
+from distill.config.editing import EDIT_PAIRS
 from distill.config.errors import command
 from distill.data import begun_job
 from distill.machine.faults import RERUN
 from distill.terminal.progress import importing, stage
 
-SOURCE = "distill.data.source.images"  # the only kind of data that can be encoded
+SOURCES = ("distill.data.source.images", "distill.data.source.pairs")  # what can be encoded
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:
@@ -28,12 +30,13 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     from distill.config.fitting import check_data_fits
     from distill.config.models import teacher_of
     from distill.data import shard_job
+    from distill.data.write import EDIT_PAIRS as ENCODED_PAIRS
     from distill.data.write import PICTURES, cached
     from distill.machine import hardware
 
     with stage("opening the data"):
         source = make(cfg.data, "data")
-    teacher = teacher_of(cfg)
+    teacher, pairs = teacher_of(cfg), cfg.data.get("_target_") == EDIT_PAIRS
     check_data_fits(cfg, source.dataset, teacher)
     device, dtype = hardware.device(), cfg.teacher.get("dtype") or "float32"
     teacher.only_encode(device)
@@ -62,23 +65,38 @@ def encode(cfg: DictConfig, folder: Path) -> int:
                         if cfg.embeddings
                         else [{}] * len(good)
                     )
+                    if pairs:
+                        embeddings = _with_images(teacher, good, embeddings)
                 for (i, _), *rest in zip(good, latents, captions, embeddings, strict=True):
                     shard_job.checked(source.dataset.shards.name(i), rest[0], rest[2], dtype)
                     yield cached(f"{i:09d}", *rest)
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
-    about = {"what": PICTURES, **shard_job.of_teacher(cfg), "data": cfg.data.path}
+    about = {
+        "what": ENCODED_PAIRS if pairs else PICTURES,
+        **shard_job.of_teacher(cfg),
+        "data": cfg.data.path,
+    }
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
     job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
     return 0
 
 
+def _with_images(teacher: Any, good: list[Any], samples: list[Any]) -> list[dict[str, Any]]:
+    """The arrays of each sample, and what the teacher reads of the source of its pair."""
+    import torch
+
+    sources = torch.stack([item["source"] for _, item in good]).to(teacher.device)
+    images = teacher.image_of({"source": sources}).float().cpu().numpy()
+    return [{**own, "image": image} for own, image in zip(samples, images, strict=True)]
+
+
 def check(cfg: DictConfig) -> None:
     """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
-    if cfg.data.get("_target_") != SOURCE:
-        raise ValueError("data: only pictures can be encoded; choose data=images")
+    if cfg.data.get("_target_") not in SOURCES:
+        raise ValueError("data: only pictures can be encoded; choose data=images or data=pairs")
     validate.check_data(cfg.data)
     begun_job.check_shard_job(cfg)
     validate.check_fit(cfg.data, cfg.teacher)

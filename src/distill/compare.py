@@ -1,13 +1,18 @@
 """Put runs side by side: a table, a CSV and one page with pictures. Seeds of the same settings are
-one line.
+one line. Means and differences have 95 % intervals over seeds and prompts.
 
     python -m distill.compare runs='runs/*'
     python -m distill.compare runs=[runs/ladd,runs/add] by_name=true out=ladd_or_add
+    python -m distill.compare runs='runs/*' judge=reader
+    python -m distill.compare runs=[runs/ladd,runs/add] votes=true
+    python -m distill.compare runs=[runs/ladd,runs/add] votes=votes.json
 """
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from yaml import YAMLError
@@ -18,26 +23,71 @@ from distill.storage.locks import one_writer
 from distill.terminal.shown import shown
 from distill.training.run_folders import check_ours
 
+WRITTEN = ("compare.md", "compare.csv", "compare.html", "wins.md", "wins.csv", "wins.json")
+BALLOT = ("votes.html", "votes_key.json")
+
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
     """Write `compare.md`, `compare.csv` and `compare.html` into `out`.
 
+    With `judge` or files of `votes` also `wins.md`, `wins.csv` and `wins.json`: pairwise win rates
+    and ELO ratings. With votes=true also `votes.html`, a page of blind votes, and `votes_key.json`.
     Runs that cannot be read are named and left out. Raises ValueError or OSError if none is left.
     """
-    from distill.evaluation.tables import as_markdown
+    from distill.report.blind import ballot
     from distill.report.comparison import page
-    from distill.report.runs import (
-        as_csv,
-        grouped,
-        lines_of,
-        read_comparable,
-        read_run,
-        text_table,
-    )
+    from distill.report.differences import as_text
+    from distill.report.judged import as_csv as wins_csv
+    from distill.report.judged import as_json as wins_json
+    from distill.report.judged import as_text as wins_text
+    from distill.report.judged import judged
+    from distill.report.people import people
+    from distill.report.runs import as_csv, grouped, lines_of
 
-    check_ours(Path(cfg.out), "out", "compare.md", "compare.csv", "compare.html")
-    patterns = [cfg.runs] if isinstance(cfg.runs, str) else list(cfg.runs)
+    files, out = _voted(cfg.votes), Path(cfg.out)
+    asked = cfg.votes is True
+    if type(cfg.seed) is not int or cfg.seed < 0:
+        raise ValueError(f"seed={cfg.seed}: is no number from 0; give one")
+    check_ours(out, "out", *WRITTEN, *(BALLOT if asked else ()))
+    groups = grouped(_runs(cfg.runs), by_name=cfg.by_name)
+    lines = lines_of(groups)
+    table = as_text(lines)
+    verdicts = [judged(lines, str(cfg.judge))] if cfg.judge is not None else []
+    verdicts += [people(files, groups, out)] if files else []
+    written = {"compare.md": table, "compare.csv": as_csv(groups)}
+    if asked:
+        written |= dict(zip(BALLOT, ballot(groups, cfg.seed, cfg.votes_steps), strict=True))
+    written["compare.html"] = page(groups, BALLOT[0] if asked else "")
+    if verdicts:
+        written |= {"wins.md": wins_text(verdicts), "wins.csv": wins_csv(verdicts)}
+        written["wins.json"] = wins_json(verdicts)
+    with one_writer(out, "out"):
+        for name, text in written.items():
+            write_text_atomic(out / name, text)
+    print(table)
+    if verdicts:
+        print(written["wins.md"])
+    print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
+    if asked:
+        print(f"wrote {out / BALLOT[0]} to vote on, and its key, {BALLOT[1]}, to keep back")
+
+
+def _voted(votes: Any) -> list[Path]:
+    """The files of `votes`; none for null, true and false."""
+    if votes is None or isinstance(votes, bool):
+        return []
+    listed = [votes] if isinstance(votes, str) else votes
+    if not isinstance(listed, Sequence) or not all(isinstance(file, str) for file in listed):
+        raise ValueError(f"votes={votes}: is no file; give true, a votes.json, or a list of these")
+    return [Path(file).expanduser() for file in listed]
+
+
+def _runs(asked: Any) -> list[Any]:
+    """The evaluated runs of these patterns. Names those that are left out."""
+    from distill.report.runs import read_comparable, read_run
+
+    patterns = [asked] if isinstance(asked, str) else list(asked)
     places = (os.path.expanduser(str(pattern)) for pattern in patterns)
     found = [Path(path) for place in places for path in sorted(glob.glob(place))]
     folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
@@ -64,14 +114,7 @@ def main(cfg: DictConfig) -> None:
             print(f"left out, damaged: {damaged[folder]}")
         else:
             print(f"left out, not evaluated yet: {shown(folder)}")
-    groups, out = grouped(runs, by_name=cfg.by_name), Path(cfg.out)
-    table = as_markdown(text_table(lines_of(groups)))
-    with one_writer(out, "out"):
-        write_text_atomic(out / "compare.md", table)
-        write_text_atomic(out / "compare.csv", as_csv(groups))
-        write_text_atomic(out / "compare.html", page(groups))
-    print(table)
-    print(f"wrote {out / 'compare.html'}, compare.md, compare.csv")
+    return runs
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.config import validate
+from distill.config import picture_keys, validate
 from distill.config.compose import check_counts, config_of
 from distill.config.errors import command
+from distill.config.videos import refuse_videos
 from distill.machine import signals
 
 HOST = "127.0.0.1"  # not the network: every visitor of the page uses this machine's models
@@ -69,6 +70,8 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
+    picture_keys.refuse_fills(cfg.run, "the demonstration")
+    refuse_videos(cfg.run, "the demonstration")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
     else:

@@ -10,9 +10,10 @@ import importlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,7 +21,7 @@ from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command
-from distill.data.shards import expand
+from distill.data.named import expand
 from distill.machine import faults
 from distill.storage import locks
 from distill.terminal.shown import shown
@@ -136,7 +137,7 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
     """The memory of teacher, student and sample pictures, compared with that of the machine."""
     import torch
 
-    from distill.machine import hardware
+    from distill.machine import budget, hardware
     from distill.teachers.loading import sizes
 
     counts = sizes.of_pipeline(path)
@@ -151,15 +152,19 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
         return
     dtype = cfg.teacher.get("dtype", "float32")
     width, count = getattr(torch, dtype).itemsize, processes(cfg)
-    # The student's weights, gradient, two moments and average in float32; those of a LoRA are a few
-    # per cent of that.
-    shared = network * (
-        frozen_width(cfg, width) + (0 if str(cfg.student._target_).endswith(".lora") else 4 * 5)
+    frozen = network * budget.frozen_bytes(
+        frozen_width(cfg, width), cfg.teacher.get("quantize") or None
     )
+    on_device, on_host = trained_bytes(cfg, path, part, network)
+    shared = frozen + on_device
+    what = f"denoiser, frozen {frozen / GB:.2f} GB; student with gradient, optimiser and average"
+    yield "ok", f"{what} {on_device / GB:.2f} GB, and {on_host / GB:.2f} GB on the CPU", ""
     encoders = {
         "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
         "autoencoder": _starting(counts, "vae") * width,
     }
+    if cfg.get("score_teacher"):
+        encoders["score teacher"] = score_teacher_bytes(cfg.score_teacher)
     side = pictures_side(cfg, path, part)
     if side:
         encoders[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
@@ -176,6 +181,47 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
             f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
         )
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
+
+
+def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple[float, float]:
+    """Bytes of what is trained, on the device and on the host: weights, gradients, the state of
+    `optimizer.student`, and the average. The fake score of DMD2 has no average.
+    """
+    from hydra.utils import get_object
+
+    from distill.machine import budget
+    from distill.teachers.loading import sizes
+    from distill.teachers.loading.reading import home_of
+
+    count = network
+    if str(cfg.student._target_).endswith(".lora"):
+        shapes = sizes.shapes(Path(home_of(path, part), part))
+        targets = cfg.student.get("targets") or targets_of(get_object(str(cfg.teacher._target_)))
+        count = budget.adapters(shapes, list(targets), cfg.student.rank)
+    found = [count * x for x in budget.trained_bytes(cfg.optimizer.student, cfg.loop)]
+    if fake := cfg.optimizer.get("fake_score"):
+        more = budget.trained_bytes(fake, {**cfg.loop, "ema_device": None})
+        found = [x + network * y for x, y in zip(found, (more[0] - 4, more[1]), strict=True)]
+    return found[0], found[1]
+
+
+def targets_of(family: type) -> Sequence[str]:
+    """Default layers of a LoRA on a teacher of this family: those of its network's class."""
+    from distill.teachers.network import Network
+
+    network = get_type_hints(family._network).get("return", Network)  # type: ignore[attr-defined]
+    return network.targets if isinstance(network, type) else Network.targets
+
+
+def score_teacher_bytes(node: DictConfig) -> int:
+    """Bytes of the weights of a second teacher; 0 if its files are not here."""
+    import torch
+
+    from distill.teachers.loading import sizes
+
+    folder, dtype = Path(shipped(str(node.path))), node.get("dtype", "float32")
+    counts = sizes.of_pipeline(folder).values() if folder.is_dir() else ()
+    return int(sum(counts) * getattr(torch, dtype).itemsize)
 
 
 def frozen_width(cfg: DictConfig, width: int) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config import paths, validate
+from distill.config import paths, picture_keys, validate
 from distill.config.compose import (
     check_counts,
     config_of,
@@ -28,6 +28,8 @@ from distill.config.compose import (
     world_size,
 )
 from distill.config.errors import command
+from distill.config.preference import check_lora
+from distill.config.videos import refuse_videos
 from distill.core.limits import check_dtype
 from distill.evaluation.references import pictures_in
 from distill.machine.faults import RERUN
@@ -69,7 +71,10 @@ def _out(cfg: DictConfig) -> Path:
     """The folder to write into."""
     # The whole path, not its last part: a/student and b/student get different folders.
     name = file_name(cfg.run) or Path(cfg.run).resolve().name
-    return Path(cfg.out or (cfg.run if is_run(Path(cfg.run)) else Path("evaluations") / name))
+    own = is_run(Path(cfg.run)) and not cfg.lora  # a run's scores are of its student alone
+    if cfg.lora:
+        name += f"_with_{file_name(cfg.lora)}_{cfg.lora_scale:g}"
+    return Path(cfg.out or (cfg.run if own else Path("evaluations") / name))
 
 
 def _write_evaluation(cfg: DictConfig, out: Path, protocol: Any, models: Any, several: bool) -> int:
@@ -112,8 +117,12 @@ def check(cfg: DictConfig) -> None:
             " torchrun"
         )
     validate.check_metrics(cfg.metrics)
+    _check_lora(cfg)
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
+        refuse_videos(cfg.run, "this evaluation")
+        if "measures" in cfg.metrics:
+            picture_keys.refuse_fills(cfg.run, "this evaluation")
         read_unchecked(cfg.run, "discriminator.features")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
@@ -122,6 +131,15 @@ def check(cfg: DictConfig) -> None:
     if cfg.out:
         check_ours(Path(cfg.out), "out", "evaluation.json", "report.html")
     check_free(_out(cfg), "out" if cfg.out else "run")
+
+
+def _check_lora(cfg: DictConfig) -> None:
+    check_lora(cfg)
+    if cfg.lora and _pictures(Path(cfg.run)):
+        raise ValueError(f"lora={cfg.lora}: run={cfg.run} is a folder of pictures; leave it out")
+    if cfg.lora and cfg.out and Path(cfg.out).resolve() == Path(cfg.run).resolve():
+        what = "is the run's own folder, whose scores are of its student alone; name another"
+        raise ValueError(f"out={cfg.out}: {what}")
 
 
 def _remove_unused(out: Path) -> None:
@@ -178,7 +196,8 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     from distill.machine import hardware
     from distill.sampling import distilled
 
-    model = models.student_of(cfg.run, cfg.dtype).to(hardware.device())
+    given = (cfg.run, cfg.dtype, cfg.lora, cfg.lora_scale)
+    model = models.student_of(*given).to(hardware.device())
     if hasattr(protocol, "fits"):
         protocol.fits(model)
     if not is_run(cfg.run) and not distilled(model.pipeline):  # the model itself is a teacher

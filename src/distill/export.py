@@ -1,19 +1,28 @@
 """Write a student in a form that other programs read.
 
     python -m distill.export run=runs/... to=diffusers out=student dtype=float16
+    python -m distill.export run=runs/... to=diffusers weights=int8 out=student_int8
     python -m distill.export run=runs/... to=lora rank=64 naming=kohya
     python -m distill.export run=runs/... to=single_file dtype=float16
+    python -m distill.export run=runs/... to=onnx out=onnx
+    python -m distill.export run=runs/... to=web runtime=onnxruntime-web.tgz out=page
     python -m distill.export run=runs/... to=hub repo=me/my-student
+    python -m distill.export run=runs/... to=diffusers lora=runs/dpo lora_scale=1 out=student
     python -m distill.export base=<pipeline folder> delta=runs/.../delta.safetensors out=student
 
 diffusers     the pipeline folder of the run, with an up-to-date model card
 lora          the adapters of a LoRA; for a full student the best LoRA of this `rank`
-single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; for SD3, FLUX and
-              PixArt-Sigma only the transformer, with diffusers' names
+single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; for SD3, FLUX,
+              PixArt, Z-Image and Qwen-Image only the transformer, with diffusers' names
 delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
+onnx          denoiser, text encoder and decoder for onnxruntime, checked against torch
+web           a page that runs a small student in the browser, without a server
 hub           as diffusers, pushed to `repo` on the hub; a new repository is private
+
+`lora` is added to the student's weights before they are written.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +31,11 @@ from omegaconf import DictConfig
 from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
+from distill.config.preference import check_lora
 from distill.core.limits import check_dtype
-from distill.exporting import NAMINGS
+from distill.exporting import NAMINGS, web_runtime
 from distill.storage.atomic import atomic_folder
+from distill.storage.bounded import mapping_of
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers import families
 from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
@@ -62,10 +73,17 @@ def _out(cfg: DictConfig) -> Path:
         suffix = "".join(f"_{setting}" for setting in (naming, cfg.dtype) if setting)
         return run / f"lora{rank}{suffix}.safetensors"
     if cfg.to in ("single_file", "delta"):
-        return run / f"{'student' if cfg.to == 'single_file' else 'delta'}.safetensors"
+        name = "student" if cfg.to == "single_file" else "delta"
+        return run / f"{name}{WITH_LORA if cfg.lora else ''}.safetensors"
     student = pipeline_folder(run)
-    suffix = "".join(f"_{setting}" for setting in (cfg.scheduler, cfg.dtype) if setting)
-    return student.with_name(student.name + suffix)
+    form = cfg.to if cfg.to in PACKAGES else None
+    suffix = "".join(f"_{setting}" for setting in (form, *_settings(cfg)) if setting)
+    return student.with_name(student.name + (WITH_LORA if cfg.lora else "") + suffix)
+
+
+def _settings(cfg: DictConfig) -> tuple[str | None, ...]:
+    """What a pipeline folder differs in from the run's own, besides a LoRA."""
+    return (cfg.scheduler, cfg.weights, cfg.dtype)
 
 
 def check(cfg: DictConfig) -> None:
@@ -83,6 +101,7 @@ def check(cfg: DictConfig) -> None:
     check_dtype(cfg.dtype, "dtype")
     validate.check_word(cfg, "naming", *NAMINGS)
     validate.check_word(cfg, "scheduler", "euler", "consistency")
+    validate.check_word(cfg, "weights", "int8", "fp8")
     if cfg.base is not None:
         validate.check_model(cfg.base, "base")
     if cfg.delta is not None:
@@ -92,9 +111,27 @@ def check(cfg: DictConfig) -> None:
         if cfg[key] is not None and cfg.to not in forms:
             what = f"has no effect on to={cfg.to}, only on to={' and to='.join(forms)}"
             raise ValueError(f"{key}={cfg[key]}: {what}; leave it out")
+    check_lora(cfg)
+    _check_packages(cfg)
     _check_kind(cfg)
     check_free(_out(cfg), "out")
     _check_out(cfg)
+
+
+def _check_packages(cfg: DictConfig) -> None:
+    """Check that what writes this form is installed."""
+    if cfg.weights and importlib.util.find_spec("torchao") is None:
+        what = "needs torchao, not installed here; pip install 'distill[quantise]'"
+        raise ValueError(f"weights={cfg.weights}: {what}")
+    if cfg.weights and cfg.dtype:
+        what = f"weights={cfg.weights} computes in bfloat16, as all parts then do; leave it out"
+        raise ValueError(f"dtype={cfg.dtype}: {what}")
+    missing = [name for name in PACKAGES.get(cfg.to, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"needs {', '.join(missing)}, not installed here; pip install 'distill[onnx]'"
+        raise ValueError(f"to={cfg.to}: {what}")
+    if cfg.to == "web":
+        web_runtime.read(cfg.runtime)
 
 
 def _check_delta(cfg: DictConfig) -> None:
@@ -129,6 +166,9 @@ def _check_kind(cfg: DictConfig) -> None:
     if cfg.scheduler is not None and not family.flow:
         what = f"is for students of flow models, and run={cfg.run} holds a {kind}"
         raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
+    if cfg.scheduler is not None and scheduler == FRESH_NOISE:
+        what = f"a {kind} adds fresh noise between steps, and has no other scheduler"
+        raise ValueError(f"scheduler={cfg.scheduler}: {what}; leave it out")
     if cfg.base is not None and cfg.to == "lora" and cfg.rank is None:
         raise ValueError(
             f"base={cfg.base}: is not needed for the run's own adapters; add rank= or leave it out"
@@ -149,10 +189,14 @@ def _check_out(cfg: DictConfig) -> None:
     """Check that nothing is overwritten, and that to=hub has a repository."""
     if (cfg.to == "hub") != (cfg.repo is not None) or (cfg.repo and not is_repository(cfg.repo)):
         raise ValueError(f"repo={cfg.repo}: only to=hub takes repo=<owner>/<name>, and needs it")
+    if cfg.to in PACKAGES:
+        if cfg.out is None and not is_run(Path(cfg.run)):
+            raise ValueError(f"out=null: run={cfg.run} is no run folder; name the folder to write")
+        _new(str(_out(cfg)))
     if cfg.out is None:
         return
-    if cfg.to in ("diffusers", "hub"):
-        if Path(cfg.out) != pipeline_folder(Path(cfg.run)):
+    if cfg.to in (*PACKAGES, "diffusers", "hub"):
+        if cfg.lora or Path(cfg.out) != pipeline_folder(Path(cfg.run)):
             _new(cfg.out)
     elif Path(cfg.out).is_dir():
         raise ValueError(f"out={cfg.out}: is a folder, and to={cfg.to} writes a file; name a file")
@@ -174,11 +218,17 @@ def _base(cfg: DictConfig) -> Any:
     return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 
-def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
+def _student(cfg: DictConfig) -> Any:
+    """The student, with `lora` added to its weights."""
     from distill.config import models
+
+    return models.student_of(cfg.run, lora=cfg.lora, lora_scale=cfg.lora_scale)
+
+
+def _delta(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill.students import save_delta
 
-    return save_delta(models.student_of(cfg.run), _base(cfg), out)
+    return save_delta(_student(cfg), _base(cfg), out)
 
 
 def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
@@ -206,31 +256,58 @@ def _lora(cfg: DictConfig, run: Path, out: Path) -> Path:
 
 
 def _single_file(cfg: DictConfig, run: Path, out: Path) -> Path:
-    from distill.config import models
     from distill.exporting.single_file import save_single_file
 
-    pipeline = models.student_of(cfg.run).pipeline
-    return save_single_file(pipeline, out, cfg.dtype)
+    return save_single_file(_student(cfg).pipeline, out, cfg.dtype)
 
 
 def _diffusers(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill.exporting.card import write_card
+    from distill.students import replace_denoiser
     from distill.students.parts import copy_pipeline, set_sampler
 
     student = pipeline_folder(run)
-    if out == student and not (cfg.scheduler or cfg.dtype):
+    if out == student and not (any(_settings(cfg)) or cfg.lora):
         write_card(student, run, _teacher_of(run))
         return student
     with atomic_folder(_new(str(out))) as partial:
-        copy_pipeline(student, partial, cfg.dtype)
+        # Quantised layers compute in bfloat16, so the other parts are in it too.
+        copy_pipeline(student, partial, "bfloat16" if cfg.weights else cfg.dtype)
+        if cfg.lora:
+            replace_denoiser(_student(cfg).network.model, partial, cfg.dtype)
+        if cfg.weights:
+            from distill.exporting.quantised import quantise_denoiser
+
+            quantise_denoiser(partial, cfg.weights)
         if cfg.scheduler is not None:
             from distill.sampling import flow_scheduler
+            from distill.sampling.shifts import shift_of
+            from distill.teachers.loading.reading import student_info
 
             of_unet = denoiser_part(student) == "unet"
-            scheduler = flow_scheduler(of_unet=of_unet, stochastic=cfg.scheduler == "consistency")
+            settings = mapping_of(student / "scheduler" / "scheduler_config.json")
+            shift = shift_of(settings, student_info(str(student))["sampler"])
+            stochastic = cfg.scheduler == "consistency"
+            scheduler = flow_scheduler(of_unet=of_unet, stochastic=stochastic, shift=shift)
             set_sampler(partial, cfg.scheduler.capitalize(), scheduler)
         write_card(partial, run, _teacher_of(run))
     return out
+
+
+def _onnx(cfg: DictConfig, run: Path, out: Path) -> Path:
+    from distill.config.models import sampler_of
+    from distill.exporting.onnx_files import save_onnx
+
+    student = _student(cfg)
+    return save_onnx(student, sampler_of(cfg.run, student), pipeline_folder(run), out)
+
+
+def _web(cfg: DictConfig, run: Path, out: Path) -> Path:
+    from distill.config.models import sampler_of
+    from distill.exporting.web import save_page
+
+    student, runtime = _student(cfg), web_runtime.read(cfg.runtime)
+    return save_page(student, sampler_of(cfg.run, student), pipeline_folder(run), out, runtime)
 
 
 def _teacher_of(run: Path) -> Path | None:
@@ -246,21 +323,29 @@ def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
     return push(_diffusers(cfg, run, out), cfg.repo)
 
 
+WITH_LORA = "_with_lora"  # in names of what a LoRA was added to
 FORMS = {
     "diffusers": _diffusers,
     "lora": _lora,
     "single_file": _single_file,
     "delta": _delta,
+    "onnx": _onnx,
+    "web": _web,
     "hub": _hub,
 }
+PACKAGES = dict.fromkeys(("onnx", "web"), ("onnx", "onnxscript", "onnxruntime"))  # form -> needs
 # Option -> the forms that use it. With other forms it is refused, since it would have no effect.
 MEANT_FOR = {
     "rank": ("lora",),
     "naming": ("lora",),
     "scheduler": ("diffusers", "hub"),
+    "weights": ("diffusers", "hub"),
     "dtype": ("diffusers", "lora", "single_file", "hub"),
     "base": ("lora", "delta"),
+    "lora": ("diffusers", "single_file", "delta", "onnx", "web", "hub"),
+    "runtime": ("web",),
 }
+FRESH_NOISE = "SCMScheduler"  # of Sana-Sprint
 FLOW_OF_UNETS = "FlowScheduler"  # ours, of students of UNets that predict a flow
 
 

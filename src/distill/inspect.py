@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from distill.config.compose import check_counts, config_of, run_at
 from distill.config.errors import command
 from distill.config.validate import LOCAL_HEADS
+from distill.config.videos import of_videos
 from distill.core.limits import check_local_batch
 from distill.storage.checkpoint_names import checkpoints_at
 from distill.storage.locks import check_free, one_writer
@@ -44,6 +45,9 @@ def check(cfg: DictConfig) -> DictConfig:
     if not numbers or not all(0 < level <= 1 for level in levels):
         raise ValueError(f"levels={levels}: must lie in (0, 1]")
     run_cfg = config_of(folder, *READ)
+    if of_videos(run_cfg.get("teacher")):
+        what = "its teacher makes videos, and this command shows heads on pictures"
+        raise ValueError(f"run={cfg.run}: {what}; look at {folder}/report.html")
     if OmegaConf.select(run_cfg, "discriminator.features") is None:
         raise ValueError(f"run={cfg.run}: was trained without a discriminator; name another run")
     if OmegaConf.select(run_cfg, "discriminator.heads._target_") == LOCAL_HEADS:

@@ -11,6 +11,7 @@ pipeline, its evaluation, a report.
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from distill.config.typed import masked_override
 from distill.machine import faults
 from distill.storage.checkpoint_names import checkpoints_at
 from distill.storage.locks import check_free, one_writer
+from distill.storage.safe_paths import check_can_be_written
 from distill.terminal import console
 from distill.terminal.progress import importing, stage
 from distill.terminal.secret import redacted
@@ -45,6 +47,7 @@ def start(cfg: DictConfig) -> int:
         cfg = continued.resumed_config(cfg)
     validate.check_run(cfg)  # before torch and Lightning are imported, which takes seconds
     if not cfg.resume:
+        check_can_be_written(Path(cfg.run_dir or "runs"), "run_dir")
         if cfg.run_dir:
             check_free(Path(cfg.run_dir), "run_dir")
         return _build_and_start(cfg, None)
@@ -61,9 +64,12 @@ def _build_and_start(cfg: DictConfig, before: DictConfig | None) -> int:
 
     with importing("torch"):
         from distill.config import build
+        from distill.training import loggers
 
     about = check_same_run(cfg, before) if before else {}
     build.check(cfg)
+    if compose.rank() == 0:
+        loggers.check(cfg)
     precision = build.settle_precision(cfg)
     processes = compose.processes(cfg)
     several = launch.needed(processes, cfg.trainer.get("num_nodes", 1))
@@ -180,8 +186,8 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         from distill.config import build
         from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
         from distill.training import resuming
-        from distill.training.checkpoints import naming_checkpoint
         from distill.training.run_metadata import RunMetadata
+        from distill.training.trackers import logged
 
     console.log_to(folder / LOG)
     source, method = parts or build.build_training(cfg)
@@ -199,6 +205,20 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
         seed=cfg.seed, rank=compose.rank(), world=compose.processes(cfg), start=start
     )
     try:
+        return _fit_and_finish(cfg, folder, method, trainer, loader, checkpoint)
+    finally:
+        logged.close(trainer.loggers)
+
+
+def _fit_and_finish(
+    cfg: DictConfig, folder: Path, method: Any, trainer: Any, loader: Any, checkpoint: Path | None
+) -> int:
+    """Train, and save and evaluate the student; returns the exit code."""
+    from distill.config import build
+    from distill.training.checkpoints import naming_checkpoint
+    from distill.training.run_metadata import RunMetadata
+
+    try:
         with naming_checkpoint(checkpoint):
             trainer.fit(method, loader, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
@@ -211,12 +231,16 @@ def train(cfg: DictConfig, folder: Path, parts: Any = None) -> int:
     if code := build.stop_code(trainer, method, folder):
         return code
     if trainer.is_global_zero:
-        finish(cfg, method, student, folder)
+        finish(cfg, method, student, folder, trainer.loggers)
     return 0
 
 
-def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
-    """Save the averaged student, evaluate it, and write the report."""
+def finish(
+    cfg: DictConfig, method: Any, average: Any, folder: Path, loggers: Sequence[Any] = ()
+) -> None:
+    """Save the averaged student, evaluate it, and write the report; trackers among the `loggers`
+    get the scores and the report.
+    """
     from distill.config import build
     from distill.evaluation.tables import in_terminal
     from distill.students import save_pipeline
@@ -239,23 +263,36 @@ def finish(cfg: DictConfig, method: Any, average: Any, folder: Path) -> None:
             rows = compose.make(cfg.metrics, "metrics")(student, teacher, folder, sampler)
             promote_evaluation(folder)
             print(in_terminal(rows))
+            log_evaluation(loggers, rows, method.step)
     except Exception:  # the run is trained even if its evaluation fails
-        report(folder, teacher.folder)
+        report(folder, teacher.folder, loggers)
         raise
-    report(folder, teacher.folder)
+    report(folder, teacher.folder, loggers)
 
 
-def report(folder: Path, teacher: Path) -> None:
+def log_evaluation(loggers: Sequence[Any], rows: Any, step: int) -> None:
+    """Give the trackers the scores of the evaluation, as `evaluation/student_1/<measure>`."""
+    from distill.training.trackers import logged
+
+    for row in rows if isinstance(rows, list) else ():  # a user's protocol may return anything
+        if isinstance(row, Mapping):
+            prefix = f"evaluation/{row.get('who')}_{row.get('steps')}"
+            logged.scores(loggers, row, step, prefix)
+
+
+def report(folder: Path, teacher: Path, loggers: Sequence[Any] = ()) -> None:
     """Mark the run as finished in run.json, and write the student's model card and the report."""
     from distill.exporting.card import write_card
     from distill.report import write_report
     from distill.training.run_metadata import RunMetadata
+    from distill.training.trackers import logged
 
     RunMetadata(folder).finish()
     write_card(folder / "student", folder, teacher)
     with stage("writing the report"):
         written = write_report(folder)
     print(f"report: {written}")
+    logged.report(loggers, Path(written))
 
 
 def promote_evaluation(folder: Path) -> None:

@@ -4,10 +4,14 @@
     python -m distill.sample run=runs/... prompts=prompts.txt count=4 out=pictures
     python -m distill.sample run=runs/... prompts='["a red star","a blue ring"]'
     python -m distill.sample run=runs/... prompt="a large red star" image=photo.png steps=2
+    python -m distill.sample run=runs/... prompt="a red star" image=photo.png mask=mask.png
+    python -m distill.sample run=editor prompt="make it snow" image=photo.png
     python -m distill.sample run=owner/pipeline prompt="a cat" guidance=5 negative="a drawing"
+    python -m distill.sample run=runs/... prompt="a cat" lora=style.safetensors lora_scale=0.7
 
 A model that was not distilled needs guidance, and about steps=28. Several pictures also give a
-grid. A prompt is taken as you type it, [a, b] and ${5} included. For several use prompts=[...].
+grid. A video is an animated WebP, and its EXIF says how it was made; the grid has some frames of it
+in a row. A prompt is taken as you type it, [a, b] and ${5} included. For several use prompts=[...].
 """
 
 from __future__ import annotations
@@ -24,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from distill.config import validate
+from distill.config import editing, picture_keys, validate
 from distill.config.compose import check_counts, file_name
 from distill.config.errors import command
+from distill.config.preference import check_lora
+from distill.config.videos import check_text_alone
 from distill.core.limits import check_dtype, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
@@ -53,7 +59,7 @@ def generate(cfg: DictConfig) -> list[Path]:
         from distill.config import models
         from distill.machine.hardware import device, precision
 
-    model = models.student_of(cfg.run, cfg.dtype).to(device())
+    model = models.student_of(cfg.run, cfg.dtype, cfg.lora, cfg.lora_scale).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
     make = _picture_function(cfg, model)
@@ -69,14 +75,23 @@ def _generate_all(
     import torch
     from torchvision.utils import make_grid
 
+    from distill.core.tensors import strips
     from distill.machine.hardware import memory_left
 
     folder, paths, shown = Path(cfg.out), [], []
     jobs = [(i, prompt, cfg.seed + j) for i, prompt in enumerate(prompts) for j in range(cfg.count)]
-    sides = model.sides_of(model.shape_of(cfg.size))
+    height, width = model.sides_of(model.shape_of(cfg.size))
+    sides = (height, width * model.frames)
     batch_size = cfg.batch_size or drawn_at_once(*sides, most=8, room=memory_left(model))
     others = [cfg[key] for key in ("run", "guidance", "size", "image", "strength", "precision")]
-    others += [cfg.negative] if cfg.negative else []
+    others += [cfg[key] for key in ("negative", "image_guidance", "mask") if cfg[key]]
+    others += [cfg.lora, cfg.lora_scale] if cfg.lora else []
+    settings = {"steps": cfg.steps, "run": cfg.run}
+    if cfg.image and model.image != "source":
+        settings["strength"] = cfg.strength
+    suffix = ".webp" if model.video else ".png"
+    if model.video:
+        settings |= {"frames": model.frames, "fps": model.fps}
     with Bar("generating", len(jobs), unit="image", rate="images") as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -86,41 +101,43 @@ def _generate_all(
                 number = f"{i:04d}_" if cfg.prompts else ""  # two prompts may start the same way
                 # A hash of the settings: pictures of two models may go into one folder.
                 digest = hashlib.sha256(str([prompt, *others]).encode()).hexdigest()[:4]
-                paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{digest}.png")
-                _write(
-                    picture,
-                    paths[-1],
-                    {"prompt": prompt, "seed": seed, "steps": cfg.steps, "run": cfg.run},
-                    cfg,
-                )
-                shown += [picture] if len(shown) < SHOWN else []
+                paths.append(folder / f"{number}{stem}_{cfg.steps}step_seed{seed}_{digest}{suffix}")
+                _write(picture, paths[-1], {"prompt": prompt, "seed": seed, **settings}, cfg)
+                shown += strips(picture[None]) if len(shown) < SHOWN else []
             bar.advance(len(batch))
     if len(paths) > 1:
         row = cfg.count if 1 < cfg.count <= SHOWN else math.ceil(math.sqrt(len(shown)))
+        row = 1 if model.video else row
         paths.append(folder / "grid.png")
-        _write(
-            make_grid(torch.stack(shown), nrow=row),
-            paths[-1],
-            {"steps": cfg.steps, "run": cfg.run},
-            cfg,
-        )
+        _write(make_grid(torch.stack(shown), nrow=row), paths[-1], settings, cfg)
     return paths
 
 
 def check(cfg: DictConfig) -> list[str]:
     """The prompts. Raises ValueError or OSError for wrong settings, before slow imports."""
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
-    validate.check_number(cfg, "guidance", "strength")
+    validate.check_number(cfg, "guidance", "image_guidance", "strength")
     validate.check_size(cfg.size)
     if cfg.negative is not None and cfg.guidance is None:
         raise ValueError("negative: has no effect without guidance; add guidance=")
     check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
+    check_lora(cfg)
     prompts = _prompts(cfg)
     if cfg.image is not None and not Path(cfg.image).is_file():
         raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
-    if cfg.image is not None:
-        validate.check_strength(cfg.run, cfg.steps, cfg.strength)
+    family = picture_keys.family_of_run(cfg.run)
+    edits = family is not None and family.image == "source"
+    if family is not None:
+        check_text_alone(family, cfg)
+        picture_keys.check_fills(family, cfg.run, cfg.mask)
+        editing.check_edit(cfg, edits, family.in_context)
+    if cfg.mask is not None:
+        picture_keys.check_mask(cfg.image, cfg.mask)
+    if cfg.strength is None:
+        cfg.strength = 0.5 if cfg.mask is None else 1.0
+    if cfg.image is not None and not edits:
+        picture_keys.check_strength(cfg.run, cfg.steps, cfg.strength)
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
@@ -136,7 +153,7 @@ def _prompts(cfg: DictConfig) -> list[str]:
             f"prompt: {what}; add prompt=... to the command, or prompts=<file with one a line>"
         )
     if cfg.prompts is not None:
-        return Lines(cfg.prompts, key="prompts").lines
+        return Lines(cfg.prompts, "prompts", cfg.column).lines
     if not isinstance(cfg.prompt, str):
         raise ValueError(
             f"prompt={cfg.prompt}: must be one text; several are a list, prompts=[...]"
@@ -145,7 +162,9 @@ def _prompts(cfg: DictConfig) -> list[str]:
 
 
 def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[int]], Tensor]:
-    """A function from B prompts and seeds to pictures, uint8 [B, 3, height, width]."""
+    """A function from B prompts and seeds to pictures, uint8 [B, 3, height, width], or to videos
+    [B, 3, frames, height, width].
+    """
     import torch
 
     from distill.config.models import sampler_of
@@ -155,6 +174,8 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
     from distill.sampling.guided import guided
 
     options, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
+    check_text_alone(model, cfg)
+    picture_keys.check_fills(model, cfg.run, cfg.mask)
     if cfg.guidance is None and not distilled(model.pipeline):
         raise ValueError(
             f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like"
@@ -166,6 +187,11 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
     if cfg.image:
         height, width = model.sides_of(options["shape"])
         image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)
+    edits = model.image == "source"
+    editing.check_edit(cfg, edits, model.in_context)
+    around = _around(cfg, model, image)
+    if around is not None and cfg.strength == 1:
+        image = None  # the sample starts at pure noise, as in diffusers
     model.save_memory(slicing=cfg.slicing, tiling=cfg.tiling)
     few_steps = partial(sampler_of(cfg.run, model), model, **options)
 
@@ -174,34 +200,69 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
         cond = model.embed(prompts)
         if cfg.negative is not None:
             cond = replace(cond, null=model.embed_negative(cfg.negative))
-        start = None if image is None else model.encode(image).expand(len(seeds), -1, -1, -1)
-        img2img = {} if start is None else {"image": start, "strength": cfg.strength}
+        img2img = {}
+        if edits:
+            source = model.image_of({"source": image}).expand(len(seeds), -1, -1, -1)
+            cond = replace(cond, image=source)
+        elif around is not None:
+            cond = replace(cond, image=around.expand(len(seeds), -1, -1, -1))
+        if image is not None and not edits:
+            start = model.encode(image).expand(len(seeds), -1, -1, -1)
+            img2img = {"image": start, "strength": cfg.strength}
         with autocast(cfg.precision, model.device.type):
             if cfg.guidance is not None:
                 settings = {**options, **img2img, "guidance": cfg.guidance}
+                settings["image_guidance"] = cfg.image_guidance or 1.0
                 x0 = guided(model, cond, seeded(seeds), **settings)
             else:
                 x0 = few_steps(cond, seeded(seeds), **img2img)
-        return to_bytes(model.pictures(x0))
+        return to_bytes(model.decoded(x0))
 
     return make
 
 
+def _around(cfg: DictConfig, model: Any, pixels: Tensor | None) -> Tensor | None:
+    """What an inpainting model reads of the picture, pixels [1, 3, H, W], beside the sample:
+    `Cond.image` [1, C', h, w]; None without a mask.
+    """
+    import torch
+
+    from distill.core.types import FILL
+    from distill.evaluation.features import open_rgb, to_model_input
+
+    if cfg.mask is None or pixels is None:
+        return None
+    height, width = pixels.shape[-2:]
+    mask = open_rgb(Path(cfg.mask), "mask=").convert("L").convert("RGB")
+    white = to_model_input(mask, width, height)[:, :1].to(pixels.device) >= 0
+    with torch.no_grad():
+        around: Tensor = model.image_of({"pixels": pixels, FILL: white.to(pixels.dtype)})
+    return around
+
+
 def _write(picture: Tensor, path: Path, fields: dict[str, Any], cfg: DictConfig) -> None:
-    """Write a picture, uint8 [3, H, W], with `fields` and the optional settings that were given."""
+    """Write a picture, uint8 [3, H, W], or a video [3, F, H, W], with `fields` and the optional
+    settings that were given.
+    """
     from PIL.PngImagePlugin import PngInfo
     from torchvision.transforms.functional import to_pil_image
 
-    optional = ("precision", "guidance", "negative", "size", "image")
+    from distill.storage.pictures import animation
+
+    optional = ("precision", "guidance", "image_guidance", "negative", "size", "image", "mask")
+    optional += ("lora",)
     fields = fields | {key: cfg[key] for key in optional if cfg[key] is not None}
-    if cfg.image:
-        fields["strength"] = cfg.strength
+    if cfg.lora:
+        fields["lora_scale"] = cfg.lora_scale
     settings = PngInfo()
-    for key, value in fields.items():
-        text = str(value).encode("utf-8", "backslashreplace")  # a path may hold any bytes
-        settings.add_text(key, text.decode())
-    to_pil_image(picture).save(content := io.BytesIO(), format="PNG", pnginfo=settings)
-    write_atomic(path, content.getvalue())
+    texts = {key: str(x).encode("utf-8", "backslashreplace").decode() for key, x in fields.items()}
+    for key, text in texts.items():  # a path may hold any bytes
+        settings.add_text(key, text)
+    if picture.ndim == 4:
+        write_atomic(path, animation(picture, fields["fps"], texts))
+    else:
+        to_pil_image(picture).save(content := io.BytesIO(), format="PNG", pnginfo=settings)
+        write_atomic(path, content.getvalue())
     print(path)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
@@ -29,7 +30,7 @@ from distill.config import validate
 from distill.config.compose import check_counts
 from distill.config.errors import command
 from distill.config.typed import masked_override
-from distill.machine.faults import RERUN
+from distill.machine.faults import RERUN, first_line
 from distill.machine.signals import child_environment, new_session
 from distill.storage.atomic import write_text_atomic
 from distill.storage.bounded import mapping_of
@@ -143,20 +144,18 @@ def retry(study: Any, trial: Any) -> None:
 def study_in(out: Path, cfg: DictConfig) -> Any:
     """The study in this folder, or a new one.
 
-    Raises ValueError for a study with other settings.
+    Raises ValueError for a study with other settings, and for one that cannot be read.
     """
     import optuna
     from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    place = {"study_name": "search", "storage": f"sqlite:///{(out / 'study.db').as_posix()}"}
-    study = optuna.create_study(**place, direction=cfg.direction, load_if_exists=True)
     keys = ("space", "run", "metric", "steps", "direction")
     settings = {key: list(cfg[key]) if key in ("space", "run") else cfg[key] for key in keys}
     settings["run"] = [masked_override(override) for override in settings["run"]]
+    study, known = _opened(out / "study.db", cfg.direction, settings)
     # Settings may change until a trial was measured. The direction is fixed in the study.
     free = () if study.get_trials(states=counted()) else ("space", "run", "metric", "steps")
-    known = study.user_attrs.get("asked", settings)
     other = [key for key, value in known.items() if settings[key] != value and key not in free]
     if other:
         what = f"holds trials of another {', '.join(other)}; choose another out=, or take that back"
@@ -168,6 +167,31 @@ def study_in(out: Path, cfg: DictConfig) -> Any:
     study.set_user_attr("asked", settings)
     study.sampler = optuna.samplers.TPESampler(seed=cfg.seed + len(study.trials))
     return study
+
+
+def _opened(file: Path, direction: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The study in this file, which is made if needed, and the settings that it was begun with.
+
+    Raises ValueError for a study of another version of Optuna, or with damaged values.
+    """
+    import optuna
+
+    # Quoted: a question mark would end the file's name in the address.
+    place = {"study_name": "search", "storage": f"sqlite:///{quote(file.as_posix(), safe='/:')}"}
+    try:
+        study = optuna.create_study(**place, direction=direction, load_if_exists=True)
+        known = study.user_attrs.get("asked", settings)
+        study.get_trials()
+    except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise _unreadable(file, first_line(error, 120)) from None
+    if not isinstance(known, dict) or known.keys() != settings.keys():
+        raise _unreadable(file, "it does not say its settings")
+    return study, known
+
+
+def _unreadable(file: Path, why: str) -> ValueError:
+    how = "move it away, or choose another out="
+    return ValueError(f"{file}: is no study that can be read ({why}); {how}")
 
 
 def counted() -> list[Any]:
@@ -254,8 +278,7 @@ def _storage_errors(study: Path) -> Iterator[None]:
         number = next((n for text, n in SQLITE_ERRORS.items() if text in message), None)
         if number:
             raise OSError(number, os.strerror(number), str(study)) from None
-        what = f"is no study that can be read ({message}); move it away, or choose another out="
-        raise ValueError(f"{study}: {what}") from None
+        raise _unreadable(study, message) from None
 
 
 def _search(cfg: DictConfig, out: Path, space: list[str]) -> None:

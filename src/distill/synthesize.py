@@ -4,16 +4,22 @@ its noise in training. Give a killed command again, and it continues.
 
     python -m distill.synthesize teacher=sd3 prompts=prompts.txt out=synthetic guidance=4.5
     python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic devices=8
+    python -m distill.synthesize teacher=sdxl prompts=prompts.txt out=synthetic \\
+        buckets='[[1024,1024],[1216,832],[832,1216]]' shares='[2,1,1]'
+
+With buckets each sample has one of these sizes, drawn by its seed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from distill.config import validate
 from distill.config.errors import command
+from distill.core.limits import check_buckets
 from distill.data import begun_job
+from distill.data.by_share import batches_of, size_of
 from distill.data.lines import Lines
 from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
@@ -31,20 +37,26 @@ def generate(cfg: DictConfig, folder: Path) -> int:
     from distill.sampling import seeded
     from distill.sampling.guided import guided
 
-    lines = (prompts := Lines(cfg.prompts, "prompts")).lines
+    lines = (prompts := Lines(cfg.prompts, "prompts", cfg.column)).lines
     teacher = teacher_of(cfg, deferred=["vae"]).to(hardware.device())
+    buckets, shares = _buckets(cfg)
+    shapes = {size: teacher.shape_of(list(size), "buckets") for size in buckets}
     shape, dtype = teacher.shape_of(cfg.size), cfg.teacher.get("dtype") or "float32"
+
+    def shape_of(seed: int) -> tuple[int, ...]:
+        return shapes[size_of(seed, buckets, shares)] if buckets else shape
+
     job = shard_job.ShardJob(folder, cfg.count or len(lines), cfg.per_shard, prompts.digest())
     if cfg.embeddings:
         shard_job.put_null(teacher, folder, dtype)
 
     def samples(_: int, numbers: range) -> Iterator[tuple[str, dict[str, bytes]]]:
-        for start in numbers[:: cfg.batch_size]:
-            part = range(start, min(start + cfg.batch_size, numbers.stop))
+        by_shape = batches_of(numbers, cfg.batch_size, lambda i: shape_of(cfg.seed + i))
+        for drawn, part in by_shape:
             captions, seeds = [lines[i % len(lines)] for i in part], [cfg.seed + i for i in part]
             with torch.no_grad():
                 cond = teacher.embed(captions)
-                options = {"shape": shape, "steps": cfg.steps, "guidance": cfg.guidance}
+                options = {"shape": drawn, "steps": cfg.steps, "guidance": cfg.guidance}
                 with hardware.autocast(cfg.precision, teacher.device.type):
                     latents = guided(teacher, cond, seeded(seeds), **options)
                 latents = latents.float().cpu().numpy()
@@ -55,24 +67,35 @@ def generate(cfg: DictConfig, folder: Path) -> int:
                 yield cached(f"{seed:09d}", *rest)
 
     job.make(samples)
-    size = [side * teacher.unit // teacher.patch for side in shape[:0:-1]]
+    cell = teacher.unit // teacher.patch
     about = {
         "what": "samples of a teacher",
         **shard_job.of_teacher(cfg),
-        "size": size,
-        "buckets": None,
+        "size": None if buckets else [side * cell for side in shape[:-3:-1]],
+        "buckets": [[side // cell for side in bucket] for bucket in buckets] or None,
+        "shares": shares,
     }
     asked = ("seed", "guidance", "steps", "precision", "embeddings")
     job.finish(**about, **{key: cfg[key] for key in asked})
     return 0
 
 
+def _buckets(cfg: DictConfig) -> tuple[list[tuple[int, int]], Sequence[float] | None]:
+    """The sizes of the samples, (width, height), [] for one size; and their shares."""
+    shares = None if cfg.shares is None else list(cfg.shares)
+    return [(width, height) for width, height in cfg.buckets or ()], shares
+
+
 def check(cfg: DictConfig) -> None:
     """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     validate.check_number(cfg, "guidance")
     validate.check_size(cfg.size)
+    buckets, shares = (OmegaConf.to_object(cfg)[key] for key in ("buckets", "shares"))
+    check_buckets(buckets, shares)
+    if buckets and cfg.size is not None:
+        raise ValueError(f"size={cfg.size}: the sizes are those of buckets; leave it out")
     check_precision(cfg.precision)
-    Lines(cfg.prompts, "prompts")
+    Lines(cfg.prompts, "prompts", cfg.column)
     begun_job.check_shard_job(cfg)
 
 

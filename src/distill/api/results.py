@@ -56,7 +56,8 @@ def sample_images(
         precision: auto, bf16-mixed or 32-true, for the denoiser.
 
     Returns:
-        One picture for each prompt and seed, ordered by prompt and then by seed.
+        One picture for each prompt and seed, ordered by prompt and then by seed; of a video up to
+        eight frames of it, side by side.
 
     Raises:
         ValueError: if a number is out of range, a teacher has no guidance, or a student has one.
@@ -84,7 +85,8 @@ def _generate(
     teacher = generator.teacher
     device = teacher.device.type
     dtype = precision(options.precision, "cpu" if device == "cpu" else "auto").name
-    sides = teacher.sides_of(teacher.latent_shape)
+    height, width = teacher.sides_of(teacher.latent_shape)
+    sides = (height, width * teacher.frames)
     batch_size = drawn_at_once(*sides, most=8, room=memory_left(teacher))
     images: list[Image] = []
     with torch.no_grad():

@@ -82,7 +82,8 @@ def arguments(settings: DictConfig, of: Literal["method", "trainer"] = "method")
         settings: from `compose`.
         of: `method` for a method, including its `loop`; `trainer` for `lightning.Trainer`. With
             precision auto, the trainer gets the best precision for this machine. Its keys compile,
-            matmul and channels_last become a callback, under `callbacks`, if one of them is set.
+            matmul and channels_last become a callback, under `callbacks`, if one of them is set:
+            add yours to this list, and do not give the trainer a second one.
 
     Raises:
         ValueError: for another `of`, and for a number that a class refuses.

@@ -29,9 +29,10 @@ LITERALS = {"method.negative"}
 # Names and paths: `null` is no text, `~` is the home folder, and `${...}` refers to a key or a
 # variable.
 TEXTS = {
-    "base", "callbacks.samples.prompts", "delta", "image", "metric",
+    "base", "callbacks.samples.prompts", "delta", "image", "lora", "metric",
     "metrics.reference", "name", "out", "parts", "prompts", "repo", "resume", "run", "run_dir",
-    "runs", "student.init", "teacher.vae", "teacher.weights",
+    "runs", "score_teacher.vae", "score_teacher.weights", "student.init", "teacher.vae",
+    "teacher.weights",
 }  # fmt: skip
 ENDS = (".path", ".taught_by", ".pretrained")  # ends of other keys that hold paths or names
 # At these keys [...] is a list, unless a file has that name.
@@ -44,7 +45,16 @@ NOT_PATHS = {*PROMPTS, *LITERALS, "name", "callbacks.samples.prompts"}  # texts 
 
 NOTHING = ("", "null", "none", "false", "no", "off")  # values that leave a group out
 OPTIONAL = {  # command -> groups that may be left out
-    "config": {"metrics", "logger", "callbacks", "experiment", "debug", "recipe", "heads"},
+    "config": {
+        "score_teacher",
+        "metrics",
+        "logger",
+        "callbacks",
+        "experiment",
+        "debug",
+        "recipe",
+        "heads",
+    },
     "evaluate": {"teacher"},
 }
 REFERENCE = re.compile(r"(\\*)\$\{\s*([\w.]*)\s*([:}.\[]?)")
@@ -255,10 +265,10 @@ def _group(argument: str, config: str) -> str:
     left_out = key.startswith("~") or (equals and value.strip().lower() in NOTHING)
     if not left_out or value in known:
         return argument.lstrip("+") if equals else argument
+    if name in OPTIONAL.get(config, ()):  # before `none`: that of logger keeps metrics.csv
+        return f"~{name}"
     if "none" in known:
         return f"{name}=none"
-    if name in OPTIONAL.get(config, ()):
-        return f"~{name}"
     what = f"{command} needs it; choose one by {name}=..."
     raise ValueError(f"{argument}: {what}, there is {', '.join(known)}")
 

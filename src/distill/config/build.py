@@ -15,15 +15,19 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import validate
+from distill.config import quantizing, validate
 from distill.config.compose import checked_node, make, processes
 from distill.config.fitting import check_data_fits, warn_size
 from distill.config.models import teacher_of
+from distill.config.optimizers import check_on_device
+from distill.config.score_teacher import naming_it
 from distill.core.tensors import gather
 from distill.core.types import Cond, Players, mask_is_ones
 from distill.data.source import Source
 from distill.machine.hardware import Precision, precision
+from distill.machine.ranks import rank
 from distill.machine.signals import REQUEUE, requeue
+from distill.sampling.shifts import check_shift
 from distill.storage import source_code
 from distill.terminal.progress import stage
 from distill.terminal.secret import masked_tree
@@ -34,6 +38,7 @@ from distill.training.checkpoints import AtomicIO, Checkpoints
 from distill.training.loop import TwoPlayerLoop
 from distill.training.loop_settings import Optimizers
 from distill.training.run_metadata import versions
+from distill.training.scoring import Scores
 from distill.training.speed import speed_of
 from distill.training.strategies import DataParallel, FullyShardedDataParallel
 
@@ -48,7 +53,7 @@ NUMBERS = (
 # Warnings that are expected in every run.
 EXPECTED = (
     ".*(does not have many workers|in eval mode|logs directory.*exists and is not empty|treespec,"
-    " LeafSpec|overridden `on_before_batch_transfer`)"
+    " LeafSpec|overridden `on_before_batch_transfer`|Mismatch dtype between input and weight)"
 )
 
 
@@ -63,6 +68,8 @@ def check(cfg: DictConfig) -> None:
     if not available.get(accelerator, accelerator != "gpu" or any(available.values())):
         what = "there is no such GPU here; use trainer.accelerator=cpu or auto"
         raise ValueError(f"trainer.accelerator={accelerator}: {what}")
+    check_on_device(cfg)
+    quantizing.check_on_device(cfg)
     check_numbers(cfg)
     if "_target_" in (cfg.get("metrics") or {}):
         protocol(cfg.metrics, cfg)
@@ -136,6 +143,12 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
     with stage("building the discriminator"):
         players = players_of(cfg, teacher, student)
     method = make(cfg.method, "method")(players, loop=loop_of(cfg))
+    for key, part in {
+        "levels": getattr(method, "levels", None),
+        "real": method.teacher_samples,
+    }.items():
+        if shift := getattr(part, "shift", None):
+            check_shift(shift, teacher, f"method.{key}.shift")
     embed_before(source.dataset, method)
     return source, method
 
@@ -182,14 +195,25 @@ def players_of(cfg: DictConfig, teacher: Any, student: Any, **own: Any) -> Playe
     `_discriminator`.
     """
     discriminator = _discriminator(cfg.discriminator, teacher, **own)
-    return Players(teacher=teacher, student=student, **discriminator)
+    other = score_teacher_of(cfg)
+    return Players(teacher=teacher, student=student, score_teacher=other, **discriminator)
+
+
+def score_teacher_of(cfg: DictConfig) -> Any:
+    """The teacher of another family that scores the student's samples, or None."""
+    if not cfg.get("score_teacher"):
+        return None
+    with naming_it():
+        return make(cfg.score_teacher, "score_teacher")
 
 
 def loop_of(cfg: DictConfig) -> TwoPlayerLoop:
     """The training loop, with its optimisers."""
+    fake_score = cfg.optimizer.get("fake_score")
     optimizers = Optimizers(
         student=make(cfg.optimizer.student, "optimizer.student"),
         discriminator=make(cfg.optimizer.discriminator, "optimizer.discriminator"),
+        fake_score=make(fake_score, "optimizer.fake_score") if fake_score else None,
     )
     return TwoPlayerLoop(optimizers, make(cfg.loop, "loop"), seed=cfg.seed)
 
@@ -270,6 +294,8 @@ def trainer(
         step = checkpoint.get("global_step")
         known = checkpoint.get("about", {}).get("loggers")
     loggers = trackers.made(cfg, folder, known, step)
+    if rank() == 0:
+        trackers.begin(cfg, loggers, known)
     callbacks = [make(node, key) for key, node in nodes_of(cfg, "callbacks")]
     for callback in callbacks:
         if isinstance(callback, Checkpoints):
@@ -280,6 +306,8 @@ def trainer(
                 "versions": versions(),
                 "content": models,
             }
+        if isinstance(callback, Scores) and callback.every:
+            _prepare_scores(callback, cfg)
     _share_writer(callbacks)
     # Checkpoints come last: a checkpoint includes what other callbacks log at its step.
     callbacks.sort(key=lambda callback: isinstance(callback, Checkpoints))
@@ -303,6 +331,21 @@ def trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,  # our loader shards the samples
     )
+
+
+def _prepare_scores(callback: Scores, cfg: DictConfig) -> None:
+    """Give the callback the run's protocol. Raises ValueError where it cannot be used."""
+    key = f"callbacks.scores.every={callback.every}"
+    if "_target_" not in (cfg.get("metrics") or {}):
+        raise ValueError(
+            f"{key}: this run has no metrics to score by; leave ~metrics out, or set 0"
+        )
+    strategy = str(OmegaConf.select(cfg, "trainer.strategy._target_"))
+    if strategy.endswith(FullyShardedDataParallel.__name__):
+        what = "one process evaluates, and this strategy shards the student"
+        raise ValueError(f"{key}: {what}; use trainer=ddp, or set 0")
+    callback.protocol = protocol(cfg.metrics, cfg)
+    callback.sampler = make(cfg.sampler, "sampler")
 
 
 def _share_writer(callbacks: Sequence[Any]) -> None:

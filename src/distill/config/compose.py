@@ -45,12 +45,13 @@ _loader: ContextVar[ConfigLoader | None] = ContextVar("loader", default=None)
 
 def for_world(group: str, name: str, teacher: str) -> str:
     """In a defaults list: the option of `recipe` or `heads` for a method or discriminator of this
-    name: `<name>_shapes` with a teacher of `shapes` (`shapes`, `shapes_unet`), or `paper` where
-    there is none.
+    name: that of this teacher, `<name>_shapes_unet`; where there is none, that of its world,
+    `<name>_shapes`; then `<name>`, what its paper sets in other groups; and at last `paper`.
     """
-    option = f"{name}_{teacher.partition('_')[0]}"
     loader = _loader.get() or GlobalHydra.instance().config_loader()
-    return option if option in loader.get_group_options(group) else PAPER
+    options = loader.get_group_options(group)
+    wanted = (f"{name}_{teacher}", f"{name}_{teacher.partition('_')[0]}", name)
+    return next((option for option in wanted if option in options), PAPER)
 
 
 @contextlib.contextmanager
@@ -65,7 +66,10 @@ def options_of(loader: ConfigLoader) -> Iterator[None]:
 
 OmegaConf.register_new_resolver("for_world", for_world, replace=True)
 # Keys that a resumed run may not change.
-FIXED_ON_RESUME = ("method", "teacher", "student", "discriminator", "seed", "loop.head_start")
+FIXED_ON_RESUME = (
+    *("method", "teacher", "score_teacher", "student", "discriminator", "seed"),
+    "loop.head_start",
+)
 
 
 def make(node: DictConfig, key: str) -> Any:

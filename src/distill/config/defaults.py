@@ -11,10 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config.compose import overrides
 from distill.config.location import CONF_DIR
+from distill.config.optimizers import fit_to_recipe
+from distill.config.videos import of_videos
+from distill.storage import source_code
+from distill.teachers.families import family
 from distill.terminal.console import note
 
 WORLD = "shapes"  # the world whose teachers and data are shipped
 SHIPPED_DATA = "shapes:latents"
+EDITS = "distill.worlds.shapes.scenes.Edits"  # renders for teachers that edit
 RENDERS = Path(CONF_DIR) / "data" / "renders.yaml"
 OTHER_METRICS = "use metrics=coco5k or metrics=prompts for other pictures"
 
@@ -22,12 +27,13 @@ OTHER_METRICS = "use metrics=coco5k or metrics=prompts for other pictures"
 def with_defaults(cfg: DictConfig) -> DictConfig:
     """The configuration of a run with defaults that depend on its teacher.
 
-    A smoke test of another teacher without data gets renders of `shapes`. metrics=shapes is
-    dropped for other teachers, unless it was typed. Raises ValueError, with the ways to give data,
-    if there are none.
+    What its recipe sets for AdamW does not reach other optimisers. A smoke test of another teacher
+    without data gets renders of `shapes`. metrics=shapes is dropped for other teachers, unless it
+    was typed. Raises ValueError, with the ways to give data, if there are none.
     """
     if cfg.get("resume") or not HydraConfig.initialized():
         return cfg
+    fit_to_recipe(cfg)
     problem = missing_data(cfg)
     if problem and (_choice("debug") != "smoke" or _typed_overrides("data=")):
         raise ValueError(problem)
@@ -35,15 +41,18 @@ def with_defaults(cfg: DictConfig) -> DictConfig:
         use_renders(cfg)
     if not is_shapes_teacher() and _choice("metrics") == WORLD and not _typed_overrides("metrics"):
         if "_target_" in (cfg.get("metrics") or {}):
-            note(f"not evaluated: metrics=shapes only reads pictures of shapes; {OTHER_METRICS}")
+            other = "" if of_videos(cfg.teacher) else f"; {OTHER_METRICS}"
+            note(f"not evaluated: metrics=shapes only reads pictures of shapes{other}")
         cfg.metrics = None
     return cfg
 
 
 def with_placeholder_data(cfg: DictConfig) -> DictConfig:
     """For commands that only inspect the configuration: renders in place of missing data."""
-    if HydraConfig.initialized() and missing_data(cfg):
-        use_renders(cfg)
+    if HydraConfig.initialized():
+        fit_to_recipe(cfg)
+        if missing_data(cfg):
+            use_renders(cfg)
     return cfg
 
 
@@ -77,8 +86,12 @@ def use_renders(cfg: DictConfig) -> None:
     for key in node:
         if value := _typed_overrides(f"data.{key}="):
             node[key] = OmegaConf.from_dotlist(value).data[key]
+    facts = family(str(cfg.teacher._target_))
+    if facts and facts.image == "source":
+        node.reader._target_ = EDITS
     node.batch_size = cfg.data.batch_size
     node.seeded = True  # methods that need pairs of noise and sample accept it
+    node.pairs = bool(source_code.attribute(str(cfg.method._target_), "of_pairs"))
     OmegaConf.set_struct(cfg, False)
     cfg.data = node
     OmegaConf.set_struct(cfg, True)

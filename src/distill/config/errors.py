@@ -117,6 +117,7 @@ def _isolated() -> Iterator[None]:
 
 def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
     """The command line for Hydra: checked, flags last, texts quoted, without secrets."""
+    _check_working_folder()
     arguments = [as_typed(argument) for argument in sys.argv[1:]]
     config_folders.check(arguments)
     arguments = flags_last(arguments)
@@ -126,6 +127,14 @@ def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
     without_secrets = with_variables(quoted)
     sweep.typed = dict(zip(without_secrets, arguments, strict=True))
     return without_secrets
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what = "the working folder does not exist any more; change into another, or into it again"
+        raise FileNotFoundError(what) from None
 
 
 def escape_unprintable() -> None:

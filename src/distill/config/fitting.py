@@ -2,11 +2,14 @@
 
 import inspect
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
+from distill.config.validate import LATENTS
 from distill.core import limits
+from distill.data.write import EDIT_PAIRS
 from distill.storage import fingerprints as content
 from distill.teachers.families import embedding_options
 
@@ -15,13 +18,16 @@ log = logging.getLogger(__name__)
 
 def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
     """Raise ValueError for latents, embeddings or pictures that this teacher cannot read."""
-    size, (channels, *sides) = getattr(data, "size", None), getattr(data, "shape", None) or (None,)
+    size, shape = getattr(data, "size", None), getattr(data, "shape", None) or ()
+    channels, sides = shape[0] if shape else None, shape[-2:]
     if channels and channels != teacher.latent_shape[0]:
         raise ValueError(
             f"data.path={cfg.data.path}: its latents have {channels} channels and this teacher's"
             f" have {teacher.latent_shape[0]}; make them with this teacher's autoencoder, or give"
             " pictures with data=images"
         )
+    if shape:
+        _check_frames(cfg, shape[1:-2], teacher.latent_shape[1:-2])
     if any(side % teacher.patch for side in sides):
         raise ValueError(
             f"data.path={cfg.data.path}: latents of {sides[0]} x {sides[1]} do not divide into this"
@@ -43,6 +49,7 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
         raise ValueError(
             f"data.path={cfg.data.path}: its embeddings were made with {what}; give both the same"
         )
+    _check_pairs(cfg, made.get("what") == EDIT_PAIRS, teacher)
     options = embedding_options(cfg.teacher)
     if null and made.get("told", options) != options:
         what = f"teacher options {made['told'] or 'none'}, and this run has {options or 'none'}"
@@ -65,6 +72,29 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
     limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
 
 
+def _check_frames(cfg: DictConfig, found: Sequence[int], own: Sequence[int]) -> None:
+    """Raise ValueError for latents of videos with another number of frames than the teacher's, and
+    for pictures in place of videos; both arguments are [T], or [] for pictures.
+    """
+    if tuple(found) == tuple(own):
+        return
+    what = f"its latents have {found[0] if found else 'no'} frames"
+    wanted = f"this teacher's have {own[0] if own else 'none: it makes pictures'}"
+    advice = "make them by distill.synthesize with this teacher and its options"
+    raise ValueError(f"data.path={cfg.data.path}: {what} and {wanted}; {advice}")
+
+
+def _check_pairs(cfg: DictConfig, of_edits: bool, teacher: Any) -> None:
+    """Raise ValueError for latents of edit pairs without an editing teacher, or the reverse."""
+    edits = teacher.image == "source"
+    if edits == of_edits or cfg.data.get("_target_") != LATENTS:
+        return
+    what = "this teacher edits, and these latents have no source pictures; cache data=pairs"
+    if of_edits:
+        what = "they are of edit pairs, and this teacher does not edit; choose one that does"
+    raise ValueError(f"data.path={cfg.data.path}: {what}")
+
+
 def warn_size(data: Any, teacher: Any) -> None:
     """Warn if the data have another size than the teacher.
 
@@ -74,7 +104,7 @@ def warn_size(data: Any, teacher: Any) -> None:
     if size:
         sizes = [tuple(reversed(bucket)) for bucket in data.buckets] or [(size, size)]
     elif shape:
-        latents = [tuple(reversed(bucket)) for bucket in data.buckets] or [shape[1:]]
+        latents = [tuple(reversed(bucket)) for bucket in data.buckets] or [shape[-2:]]
         sizes = [teacher.sides_of(each) for each in latents]
     else:
         return

@@ -15,6 +15,7 @@ from distill.machine import hardware
 from distill.teachers.loading.locate import family_of, pipeline_folder
 from distill.teachers.loading.reading import class_of, download, lineage, student_info
 from distill.teachers.loading.sizes import of_pipeline
+from distill.teachers.loading.weights import put_lora
 from distill.terminal.console import note
 
 # The advice in errors of a teacher to leave out a part, and what to do for a pipeline folder.
@@ -67,10 +68,13 @@ def teacher_of_student(run: str, dtype: str = "float32") -> Any | None:
     return student_of(str(bases[0]), dtype) if bases else None
 
 
-def student_of(run: str, dtype: str = "float32") -> Any:
+def student_of(
+    run: str, dtype: str = "float32", lora: str | None = None, lora_scale: float = 1.0
+) -> Any:
     """The student of a run folder, or a pipeline of a known family, as one of our adapters.
 
-    `run` is a folder or a hub id; for `dtype` see `resolve_dtype`.
+    `run` is a folder or a hub id; for `dtype` see `resolve_dtype`. A `lora` times `lora_scale` is
+    added to its weights: see `weights.put_lora`.
     """
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
@@ -84,7 +88,7 @@ def student_of(run: str, dtype: str = "float32") -> Any:
         chosen |= config.teacher  # options of the family are as in the run
     node |= {key: chosen[key] for key in adapter.family_keys if key in chosen}
     try:
-        return make(OmegaConf.create(node), "teacher")
+        found = make(OmegaConf.create(node), "teacher")
     except InstantiationException as error:
         # The message names teacher.path and teacher.dtype; the user has typed run and dtype.
         if isinstance(error.__cause__, (ValueError, OSError)):
@@ -92,3 +96,6 @@ def student_of(run: str, dtype: str = "float32") -> Any:
             message = message.replace("teacher.dtype=", "dtype=")
             raise ValueError(WITHOUT.sub(IN_INDEX, message)) from None
         raise
+    if lora:
+        put_lora(found.pipeline, lora, lora_scale)
+    return found

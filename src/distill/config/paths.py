@@ -17,8 +17,12 @@ from distill.storage.bounded import mapping_of
 
 # Last parts of keys whose paths are read.
 READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "reference"}
-READ |= {"prompts", "image", "base", "parts"}
-WRITTEN = {"dirpath", "save_dir"}  # of keys whose paths are written, and need not exist yet
+READ |= {"prompts", "image", "base", "parts", "lora"}
+WRITTEN = {
+    "cache_dir",
+    "dirpath",
+    "save_dir",
+}  # of keys whose paths are written, and need not exist yet
 ONE_FILE = ("pretrained", "prompts", "image")  # these may also be a tag or a text
 # Values of student.init that start from the teacher's weights or at random; the last two are for
 # the adapters of a LoRA. They are options, never paths.

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from distill.core.limits import check_falling, check_shift
+
 # Whole numbers and their minimum: of a run, and of its evaluation.
 LARGEST = {"seed": 2**32 - 1}  # NumPy's
 COUNTS = dict.fromkeys(
@@ -26,8 +28,10 @@ SHARE = (0, 1)
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "callbacks.checkpoint.archive": (0, None),
     "callbacks.checkpoint.keep": (0, None),
+    "data.cache_gb": (0, None),
     "discriminator.features.crop": SHARE,
     "discriminator.features.patch": SHARE,
+    "discriminator.features.random_weights": (0, 2**63 - 1),
     "discriminator.features.size": (1, None),
     "discriminator.heads.kernel": (1, None),
     "discriminator.heads.layers": (1, None),
@@ -36,8 +40,21 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "discriminator.heads.size": (1, None),
     "discriminator.heads.width": (1, None),
     "method.adversarial_weight": (0, None),
+    "method.beta": (0, None),
+    "method.discriminator_weight": (0, None),
+    **dict.fromkeys(
+        (
+            f"method.{times}.{end}"
+            for times in ("matching", "denoising", "renoise", "times")
+            for end in ("low", "high")
+        ),
+        SHARE,
+    ),
+    "method.matching_weight": (0, None),
+    "method.regression_weight": (0, None),
     "method.crop": (1, None),
     "method.distill.guidance": (0, None),
+    "method.distill.image_guidance": (0, None),
     "method.distill.high": SHARE,
     "method.distill.low": SHARE,
     "method.distill_weight": (0, None),
@@ -51,20 +68,27 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "method.r1_every": (1, None),
     "method.r1_weight": (0, None),
     "method.real.guidance": (0, None),
+    "method.real.image_guidance": (0, None),
     "method.renoise.s": (0, None),
     "method.steps": (1, None),
     "metrics.guidance": (0, None),
+    "metrics.image_guidance": (0, None),
     "loop.clip_discriminator": (0, None),
     "loop.clip_student": (0, None),
     "optimizer.discriminator.lr": (0, None),
     "optimizer.discriminator.weight_decay": (0, None),
+    "optimizer.fake_score.lr": (0, None),
+    "optimizer.fake_score.weight_decay": (0, None),
     "loop.ema_decay": SHARE,
     "loop.final_rate": SHARE,
     "optimizer.student.lr": (0, None),
     "optimizer.student.weight_decay": (0, None),
+    "sampler.guidance": (0, None),
+    "sampler.flow_shift": (0, None),
     "student.alpha": (0, None),
     "teacher.guidance": (0, None),
 }
+SHIFTS = ("sampler.shift", "method.levels.shift", "method.real.shift")
 ODD = ("discriminator.heads.kernel",)  # an even kernel would change the size of the map
 # Lists of noise levels, 0 = data and 1 = noise.
 LEVELS = (
@@ -73,7 +97,7 @@ LEVELS = (
 FALLING = ("sampler.levels",)
 NAMED = ("discriminator.features.taps", "discriminator.features.tasks")  # without duplicates
 OF_COLOURS = ("discriminator.features.mean", "discriminator.features.std")
-BETAS = ("optimizer.student.betas", "optimizer.discriminator.betas")
+BETAS = tuple(f"optimizer.{player}.betas" for player in ("student", "discriminator", "fake_score"))
 INFINITE = ("loop.clip_student", "loop.clip_discriminator")  # infinity: no clipping
 OURS = (
     "method",
@@ -83,6 +107,7 @@ OURS = (
     "sampler",
     "student",
     "teacher",
+    "score_teacher",
     "data",
     "metrics",
 )
@@ -99,6 +124,12 @@ def check_ranges(cfg: DictConfig) -> None:
         if not low <= value <= high:
             what = f"from {least} to {most}" if most is not None else f"{least} or more"
             raise ValueError(f"{key}={value}: must be {what}")
+    for key in SHIFTS:
+        group, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, group)
+        value = node.get(name) if isinstance(node, DictConfig) else None
+        if isinstance(value, DictConfig) and "_target_" not in value:
+            check_shift(OmegaConf.to_container(value, resolve=True), key)  # type: ignore[arg-type]
     for key in ODD:
         value = OmegaConf.select(cfg, key)
         if isinstance(value, int) and value % 2 == 0:
@@ -125,6 +156,8 @@ def check_lists(cfg: DictConfig) -> None:
         for i, steps in enumerate(values):
             if isinstance(steps, Sequence) and not isinstance(steps, str):
                 _check_levels(f"{key}[{i}]", steps, falling=True)
+        if values and all(isinstance(x, int | float) for x in values):  # of one sampler
+            check_falling(values, key)
     for key, values in _lists(cfg, "method.levels", *NAMED):
         if not values:
             raise ValueError(f"{key}=[]: is empty; give at least one")

@@ -31,7 +31,8 @@ def recipe_note(cfg: DictConfig) -> str | None:
 
 
 def _note(cfg: DictConfig, group: str, option: str) -> str | None:
-    if option in (PAPER, "None"):
+    of_paper = (PAPER, str(HydraConfig.get().runtime.choices.get("method")))
+    if option in (*of_paper, "None"):
         return None
     values = [f"{key}={_compact(value)}" for key, value in _values(cfg, group, option)]
     if not values:

@@ -40,12 +40,14 @@ BESIDE = {"trainer": "distill.training.speed.Speed"}
 GIVEN_BY_PROGRAM = {
     "method": {"players", "loop"},
     "teacher": {"deferred"},
+    "score_teacher": {"deferred"},
     "student": {"teacher"},
     "discriminator.features": {"teacher"},
     "discriminator.heads": {"channels", "pooled", "image"},
     "discriminator.condition": {"teacher", "features"},
     "optimizer.student": {"params"},
     "optimizer.discriminator": {"params"},
+    "optimizer.fake_score": {"params"},
     "logger": {"save_dir"},  # of each logger
     "trainer": {  # trainer_keys.py refuses others, with what to type instead
         "enable_checkpointing", "enable_progress_bar", "enable_model_summary",
@@ -89,8 +91,7 @@ def signature_at(path: str, target: str) -> Signature | None:
     """The signature of the node at this path: that of its target, and of a class of ours beside
     it.
     """
-    taken, name = signature(target), BESIDE.get(path.rstrip("."))
-    more = signature(name) if name else None
+    taken, more = signature(target), _beside(path)
     if not taken or not more:
         return taken
     homes = {**taken.homes, **dict.fromkeys(more.keys, more.module)}
@@ -99,9 +100,13 @@ def signature_at(path: str, target: str) -> Signature | None:
 
 def keys_beside(path: str) -> set[str]:
     """The keys of the node at this path that a class of ours takes, and not its target."""
-    name = BESIDE.get(path.rstrip("."))
-    more = signature(name) if name else None
+    more = _beside(path)
     return set(more.keys) if more else set()
+
+
+def _beside(path: str) -> Signature | None:
+    name = BESIDE.get(path.rstrip("."))
+    return signature(name) if name else None
 
 
 def expected(taken: Signature, key: str, value: Any) -> str | None:

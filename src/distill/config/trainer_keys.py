@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig
 
 from distill.config.compose import nearest
-from distill.core.limits import check_reduction
+from distill.core.limits import check_reduction, check_replicas
 from distill.machine.hardware import check_precision
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -62,10 +62,17 @@ def check_trainer(trainer: DictConfig) -> None:
         )
     if named.startswith("distill."):
         check_reduction(strategy.get("reduce_dtype", "float32"), strategy.get("bucket_mib", 1.0))
+        check_replicas(strategy.get("replicas", 1), _processes(trainer))
     if not has_target(strategy) and strategy != "auto":
         raise ValueError(
             f"trainer.strategy={named}: must be auto; or use trainer=ddp or trainer=fsdp2"
         )
+
+
+def _processes(trainer: DictConfig) -> int | None:
+    """How many processes train; None if only the machine knows."""
+    devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
+    return devices * nodes if type(devices) is int and devices > 0 and type(nodes) is int else None
 
 
 def has_target(node: Any) -> bool:

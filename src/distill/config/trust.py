@@ -14,6 +14,7 @@ Files are data: no resolver runs on them, and they may not name another machine.
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from omegaconf._utils import get_yaml_loader
 
 from distill.config import signatures
 from distill.storage import source_code
-from distill.storage.bounded import LOADER
+from distill.storage.bounded import LOADER, parse_yaml, text_of
 from distill.storage.renames import renamed
 from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 from distill.storage.trusted import TRUST, is_trusted
@@ -62,7 +63,12 @@ def _named(module: str, names: str) -> tuple[str, ...]:
 
 LIGHTNING = "lightning.pytorch"
 NETWORK = Allowed(inside=("distill.discriminators",))
-OPTIMIZER = Allowed(inside=("torch.optim",), base="torch.optim.optimizer.Optimizer")
+OPTIMIZERS = "adamw8bit adamw8bit_bnb adafactor prodigy schedule_free muon"
+OPTIMIZER = Allowed(
+    names=_named("distill.training.optimizers", OPTIMIZERS),
+    inside=("torch.optim",),
+    base="torch.optim.optimizer.Optimizer",
+)
 # Key (`*` is any name) -> what it may hold in every configuration.
 SHIPPED = {
     "method": Allowed(inside=("distill.methods",), base="distill.methods.base.Distillation"),
@@ -76,19 +82,30 @@ SHIPPED = {
     "teacher": Allowed(
         inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
     ),
+    "score_teacher": Allowed(
+        inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
+    ),
     "student": Allowed(names=("distill.students.full", "distill.students.lora.lora")),
     "discriminator.features": NETWORK,
     "discriminator.heads": NETWORK,
     "discriminator.condition": NETWORK,
     "discriminator.condition.*": NETWORK,
-    "data": Allowed(names=_named("distill.data.source", "images latents prompts drawn")),
-    "data.reader": Allowed(names=("distill.worlds.shapes.scenes.Scenes",)),
+    "data": Allowed(
+        names=_named("distill.data.source", "images latents pairs prompts drawn preferences")
+    ),
+    "data.reader": Allowed(names=_named("distill.worlds.shapes.scenes", "Scenes Edits")),
     "loop": Allowed(names=("distill.training.loop_settings.LoopSettings",)),
     "optimizer.student": OPTIMIZER,
     "optimizer.discriminator": OPTIMIZER,
+    "optimizer.fake_score": OPTIMIZER,
     "sampler": Allowed(inside=("distill.sampling",), base="distill.sampling.FewSteps"),
     "metrics": Allowed(
-        names=("distill.evaluation.shapes.Shapes", "distill.evaluation.prompted.Prompted"),
+        names=(
+            "distill.evaluation.shapes.Shapes",
+            "distill.evaluation.shapes_edit.EditedShapes",
+            "distill.evaluation.shapes_fill.FilledShapes",
+            "distill.evaluation.prompted.Prompted",
+        ),
     ),
     "metrics.networks.*": Allowed(
         inside=("distill.evaluation.networks",), base="distill.evaluation.networks.Describer"
@@ -104,15 +121,17 @@ SHIPPED = {
     "callbacks.*": Allowed(
         names=(
             *_named("distill.training.callbacks", "Progress Health Alarms Samples"),
+            "distill.training.scoring.Scores",
             *_named("distill.training.checkpoints", "Checkpoints"),
             *_named(f"{LIGHTNING}.callbacks", "DeviceStatsMonitor EarlyStopping"),
             *_named(f"{LIGHTNING}.callbacks", "LearningRateMonitor ModelSummary Timer"),
         )
     ),
-    # Those of Lightning's that only write into the run's folder.
+    # Lightning's that only write into the run's folder, and ours, which log to the user's account.
     "logger.*": Allowed(
         names=(
             *_named("distill.training.csv_logger", "CsvLog"),
+            *_named("distill.training.trackers.kinds", "Mlflow Trackio Wandb"),
             *_named(f"{LIGHTNING}.loggers", "CSVLogger TensorBoardLogger"),
         )
     ),
@@ -134,9 +153,11 @@ TYPED = {
 }
 # Keys that only the command line may set: they name paths outside the run's folder, or would be
 # ignored.
-NOT_FROM_FILES = _named(
-    "trainer", "callbacks default_root_dir logger model_registry plugins profiler"
+NOT_FROM_FILES = (
+    "data.cache_dir",
+    *_named("trainer", "callbacks default_root_dir logger model_registry plugins profiler"),
 )
+NOT_FROM_LOGGERS = {"entity", "space_id", "tracking_uri"}  # the same of each logger
 # Groups of a run: a node with keys, or null.
 GROUPS = {pattern.partition(".")[0] for pattern in SHIPPED}
 # Prompts, which `compose.make` passes unchanged.
@@ -288,16 +309,11 @@ def plain(file: Path) -> dict[str, Any]:
     """
     if file.stat().st_size > LARGEST:
         raise ValueError(f"{file}: is larger than any configuration; copy it again")
-    text = file.read_text(encoding="utf-8")
-    try:
+    text = text_of(file)
+    with suppress(yaml.YAMLError):  # `parse_yaml` says what is wrong
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=LOADER)):
             raise ValueError(f"{file}: holds an alias (*name); write the value out")
-        tree = yaml.load(text, Loader=Loader) or {}
-    except (RecursionError, yaml.YAMLError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        what = f"is no configuration{line}; copy it again"
-        raise ValueError(f"{file}: {what}") from None
+    tree = parse_yaml(text, str(file), Loader) or {}
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: is no mapping of keys; copy it again")
     return renamed(tree)
@@ -370,7 +386,8 @@ def _refusal(key: str, value: Any) -> str | None:
         return "is only allowed on the command line"
     if special == "_partial_" and not isinstance(value, bool):
         return "must be true or false"
-    if key in NOT_FROM_FILES and value is not None:
+    alone = key in NOT_FROM_FILES or (key.startswith("logger.") and special in NOT_FROM_LOGGERS)
+    if alone and value is not None:
         return "is only allowed on the command line"
     if not isinstance(value, str) or TEXTS.fullmatch(key) or special == "_target_":
         return None

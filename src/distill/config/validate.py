@@ -12,7 +12,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.editing import EDIT_PAIRS, check_guidance_by_source, check_pairs_fit
+from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
+from distill.config.preference import PREFERENCES, check_preference
+from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
     COUNTS,
     LARGEST,
@@ -21,11 +25,14 @@ from distill.config.ranges import (
     check_most,
     check_ranges,
 )
+from distill.config.score_teacher import check_score_teacher
 from distill.config.trainer_keys import check_trainer, has_target
+from distill.config.videos import check_videos
 from distill.config.watched import check_samples_prompts, check_watched
 from distill.core import limits
 from distill.data.lines import Lines
-from distill.data.shards import check_pictures, expand
+from distill.data.named import expand
+from distill.data.shards import check_pictures
 from distill.evaluation import references as material
 from distill.machine.hardware import check_precision
 from distill.storage import source_code
@@ -41,6 +48,7 @@ DRAWN = "distill.data.source.drawn"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
+FAKE_SCORE = "fake_score"  # and what has one in methods that train a fake score
 LOCAL_HEADS = "distill.discriminators.stylegan_t.StyleGANTHeads"
 PICTURES = "distill.discriminators.images.ImageFeatures"
 
@@ -60,15 +68,21 @@ def check_run(cfg: DictConfig) -> None:
     check_lists(cfg)
     check_watched(cfg)
     check_trainer(cfg.trainer)
+    check_optimizers(cfg)
+    check_quantize(cfg)
     check_teacher(cfg.teacher)
+    check_score_teacher(cfg, check_teacher)
     check_student(cfg.student)
     check_features(cfg.discriminator)
     check_decoder(cfg.method)
     check_pairs(cfg.method)
+    check_preference(cfg)
+    check_guidance_by_source(cfg)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
     check_fit(cfg.data, cfg.teacher)
+    check_videos(cfg)
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
@@ -83,14 +97,15 @@ def check_groups(cfg: DictConfig) -> None:
     for group in ("discriminator", "optimizer", "callbacks", "logger", "metrics"):
         if not isinstance(node := cfg.get(group), DictConfig | None):
             raise ValueError(f"{group}={node}: must be an option's name or a node with keys")
-    for group, known in {"discriminator": PARTS, "optimizer": OPTIMIZED}.items():
+    optimized = (*OPTIMIZED, FAKE_SCORE) if trains_fake_score(cfg) else OPTIMIZED
+    for group, known in {"discriminator": PARTS, "optimizer": optimized}.items():
         for key, node in (cfg.get(group) or {}).items():
             if key not in known:
                 near = nearest(str(key), known)
                 raise ValueError(f"{group}.{key}: nothing reads this key{near}; leave it out")
             if not isinstance(node, DictConfig | None):
                 raise ValueError(f"{group}.{key}={node}: must be a node with a _target_")
-    for key in OPTIMIZED:
+    for key in optimized:
         if not has_target(OmegaConf.select(cfg, f"optimizer.{key}")):
             raise ValueError(f"optimizer.{key}: a run cannot be without; choose optimizer=...")
     for group in ("callbacks", "logger"):
@@ -99,6 +114,12 @@ def check_groups(cfg: DictConfig) -> None:
                 raise ValueError(
                     f"{group}.{name}: has no _target_; give one, or leave it out by ~{group}.{name}"
                 )
+
+
+def trains_fake_score(cfg: DictConfig) -> bool:
+    """Whether the method trains a fake score, by the discriminator that it needs."""
+    space = source_code.attribute(str(OmegaConf.select(cfg, "method._target_")), "space")
+    return space == limits.FAKE_SCORE
 
 
 def check_players(discriminator: DictConfig) -> None:
@@ -269,11 +290,11 @@ def check_data(data: DictConfig) -> None:
         return
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
-        Lines(path)
-    elif data.get("_target_") == LATENTS:
+        Lines(path, column=plain.get("column"))
+    elif data.get("_target_") in (LATENTS, PREFERENCES):
         expand(path)
     elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
-        keys = ("repeats", "caption_key", "max_empty_share")
+        keys = ("repeats", "caption_key", "max_empty_share", "image_column", "caption_column")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
 
 
@@ -287,9 +308,10 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     path = shipped(str(teacher.path))
     folder = shipped(str(teacher.get("config"))) if Path(path).suffix in locate.SINGLE else path
     unit = family.usual_unit if family and published else None
+    check_pairs_fit(data, family)
     if family and (Path(folder) / locate.INDEX).is_file():
         unit = unit_of(family, in_folder(Path(folder)), f"teacher.path={teacher.path}")
-    if unit and not teacher.get("vae") and data.get("_target_") in (IMAGES, DRAWN):
+    if unit and not teacher.get("vae") and data.get("_target_") in (IMAGES, DRAWN, EDIT_PAIRS):
         plain = OmegaConf.to_container(data, resolve=True)
         limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
 
@@ -315,7 +337,7 @@ def check_metrics(metrics: DictConfig) -> None:
     if Path(path).is_dir():
         material.coco(path, metrics.prompts)
     else:
-        Lines(path, "metrics.path")
+        Lines(path, "metrics.path", metrics.get("column"))
     material.check_reference(metrics.reference and shipped(metrics.reference))
     check_networks(metrics)
 
@@ -351,17 +373,6 @@ def check_model(run: str, key: str = "run") -> None:
         trust.read(file, "sampler", "teacher", ignored={"teacher._target_"})
     folder = locate.pipeline_folder(Path(path))
     locate.check_model(str(folder), run, key)
-
-
-def check_strength(run: str, steps: int, strength: float) -> None:
-    """Check that this strength leaves at least one step, by the rounding of the pipeline of `run`.
-
-    For a pipeline on the hub the rounding is not known yet: the one that leaves more steps is used.
-    """
-    index = locate.pipeline_folder(Path(shipped(run))) / locate.INDEX
-    kind = locate.index_of(str(index.parent), "run").get("_class_name") if index.is_file() else None
-    rounds_up = kind is None or families.family_of_kind(str(kind)).rounds_up
-    limits.check_strength(steps, strength, rounds_up)
 
 
 def check_size(size: Any, key: str = "size") -> None:

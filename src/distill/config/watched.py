@@ -21,6 +21,8 @@ def check_watched(cfg: DictConfig) -> None:
         return
     has_discriminator = OmegaConf.select(cfg, "discriminator.features") is not None
     prefixes = ("g/", "d/") if has_discriminator else ("g/",)
+    if OmegaConf.select(cfg, "optimizer.fake_score") is not None:
+        prefixes = (*prefixes, "f/")
     for key, node in nodes.items():
         watched = node.get("monitor")
         if watched is not None and str(node._target_).startswith("lightning."):
@@ -40,4 +42,4 @@ def check_samples_prompts(cfg: DictConfig) -> None:
     if isinstance(prompts, ListConfig) and not prompts:
         raise ValueError(f"{key}=[]: is empty; give a prompt, or null for captions of the data")
     if isinstance(prompts, str):
-        Lines(shipped(prompts), key)
+        Lines(shipped(prompts), key, OmegaConf.select(cfg, "callbacks.samples.column"))

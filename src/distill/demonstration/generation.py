@@ -157,7 +157,7 @@ class Models:
             estimates = self.sampler.estimates(model, cond, noise, **options)
         for latents in estimates:
             yield latents
-        yield to_bytes(model.decode(latents))
+        yield to_bytes(model.pictures(latents))
 
     def about(self) -> str:
         """The models and the device, as one line."""

@@ -39,8 +39,26 @@ def concatenated(parts: Sequence[Tensor]) -> Logits:
     return Logits(torch.cat(list(parts), dim=1), tuple(part.shape[1] for part in parts))
 
 
+def by_frame(x: Tensor) -> Tensor:
+    """Maps of videos [B, C, T, h, w] -> maps of their frames [B T, C, h, w]; maps of pictures stay.
+
+    So heads with 2-D convolutions read videos. That they mix no frames is ours: the feature network
+    has attended to all frames before. Frames put side by side into one map would meet at borders
+    that no picture has, and 3-D convolutions would be other heads than those of the papers.
+    """
+    return x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+
+
+def positions(x: Tensor, batch: int) -> Tensor:
+    """What was computed `by_frame`, [B T, Q, h, w] -> [B, Q, T h w], with T = 1 for pictures."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+
+
 class ConvHead(nn.Module):
-    """One feature map [B, C, h, w] and conditioning [B, V] -> logits [B, h w]."""
+    """One feature map [B, C, h, w] and conditioning [B, V] -> logits [B, h w].
+
+    Of a video [B, C, T, h, w] -> [B, T h w].
+    """
 
     def __init__(
         self,
@@ -65,9 +83,9 @@ class ConvHead(nn.Module):
         self.condition = nn.Linear(condition, projection)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        h = self.enter(self.norm(x.contiguous()))
+        h = self.enter(self.norm(by_frame(x).contiguous()))
         h = (self.mix(h) + h) / math.sqrt(2)
-        out = self.out(h).flatten(2)  # [B, Q, h w]
+        out = positions(self.out(h), len(x))  # [B, Q, h w]
         c = self.condition(condition)[:, :, None]
         return (out * c).sum(1) / math.sqrt(c.shape[1])
 
@@ -101,8 +119,9 @@ class ConvHeads(AllHeads):
         if kernel < 1 or kernel % 2 == 0 or projection < 1 or (width is not None and width < 1):
             what = f"kernel={kernel} must be odd, projection={projection} and width={width} above 0"
             raise ValueError(f"discriminator.heads: {what}")
-        # Spectral norm moves its estimate at every call.
-        self.per_sample = not spectral
+        if type(self) is ConvHeads:  # a subclass may mix the samples of a batch
+            # Spectral norm moves its estimate at every call.
+            self.per_sample = not spectral
         self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, TIME_FEATURES), nn.SiLU())
         options = {
             "kernel": kernel,

@@ -38,6 +38,8 @@ class ImageFeatures(nn.Module):
         mean, std: normalisation of pixels in [0, 1].
         crop: probability, per batch, of a random square crop of side `size` of a larger image.
         augment: StyleGAN-T's colour, translation and cutout on every image.
+        random_weights: a seed; the network keeps its shape and gets untrained weights of this seed,
+            as a control for Table 1a. None: the weights of `path`.
     """
 
     space = "pixels"
@@ -52,6 +54,7 @@ class ImageFeatures(nn.Module):
         std: Sequence[float] = IMAGENET[1],
         crop: float = 0.0,
         augment: bool = False,
+        random_weights: int | None = None,
     ):
         super().__init__()
         where = f"discriminator.features.path={path}"
@@ -65,10 +68,15 @@ class ImageFeatures(nn.Module):
             raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
         check_all_loaded(report, where, type(model).__name__, spare=UNUSED)
         check_finite(model, where)
+        if random_weights is not None:
+            model = untrained(model, random_weights)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         self._weights = HalfWeights(self.model)
         depth = self.model.config.num_hidden_layers
-        self.taps = [-1, *(round(d * depth) - 1 for d in DEPTHS)] if taps is None else list(taps)
+        scaled = dict.fromkeys(
+            round(d * depth) - 1 for d in DEPTHS
+        )  # of three blocks, two coincide
+        self.taps = [-1, *scaled] if taps is None else list(taps)
         if not self.taps or len(set(self.taps)) < len(self.taps):
             what = "must name at least one block, and each only once"
             raise ValueError(f"discriminator.features.taps={self.taps}: {what}")
@@ -87,9 +95,9 @@ class ImageFeatures(nn.Module):
     def train(self, mode: bool = True) -> ImageFeatures:
         return self  # frozen: stays in eval mode
 
-    def hold_half(self, *, for_good: bool = False) -> None:
+    def hold_half(self, **how: Any) -> None:
         """Hold the weights in bfloat16 where autocast would cast them; see `core.half_weights`."""
-        self._weights.halve(for_good=for_good)
+        self._weights.halve(**how)
 
     def hold_whole(self) -> None:
         """Undo `hold_half`."""
@@ -145,6 +153,16 @@ class ImageFeatures(nn.Module):
             x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
         )
         return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
+
+
+def untrained(model: nn.Module, seed: int) -> nn.Module:
+    """A network of the same class and configuration, with its initial weights of this seed.
+
+    Global random numbers are left as they were.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(model)(model.config)
 
 
 def diff_augment(x: Tensor, generator: torch.Generator) -> Tensor:

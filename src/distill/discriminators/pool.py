@@ -28,6 +28,7 @@ from torch import Generator, Tensor, nn
 from distill.core.randomness import on_host, uniform
 from distill.core.transfers import host_values, send
 from distill.core.types import Cond, Logits
+from distill.discriminators.heads import by_frame, positions
 
 # Channels per group: the last maps may have one position, and norming two values leaves two signs.
 NORM_CHANNELS = 16
@@ -105,7 +106,8 @@ class Pool(nn.Module):
         return [self.heads[i] for i in refreshed]
 
     def logits_of(self, heads: Sequence[int], maps: Sequence[Tensor]) -> list[Tensor]:
-        """One head for each map [B, C_k, h_k, w_k] -> the logits [B, positions] of each.
+        """One head for each map [B, C_k, h_k, w_k] -> the logits [B, positions] of each. A head
+        reads a video, [B, C_k, T, h_k, w_k], frame by frame.
 
         Heads of maps of one shape run together.
         """
@@ -118,11 +120,11 @@ class Pool(nn.Module):
         for _, indices in groupby(sorted(range(len(maps)), key=shape_of), key=shape_of):
             group = list(indices)
             stacked = torch.stack([self.heads[heads[k]] for k in group])
-            x = torch.stack([maps[k] for k in group], dim=1)
-            grids = self._run(stacked, x)  # [B, G, h, w]
+            x = torch.stack([by_frame(maps[k]) for k in group], dim=1)
+            found = positions(self._run(stacked, x), len(maps[0]))  # [B, G, h w]
             if names[group[0]] in self.single:
-                grids = grids.mean((2, 3), keepdim=True)
-            logits |= dict(zip(group, grids.flatten(2).unbind(1), strict=True))
+                found = found.mean(2, keepdim=True)
+            logits |= dict(zip(group, found.unbind(1), strict=True))
         return [logits[k] for k in range(len(maps))]
 
     def _run(self, stacked: Tensor, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class TeacherFeatures:
     ) -> list[Tensor]:
         """Noised latents x [B, C, H, W] at t [B] -> maps [B, C_k, h_k, w_k].
 
-        `generator` draws the position of the patch.
+        `generator` draws the position of the patch, which has all frames of a video.
         """
         maps = self._teacher.features(x, t, cond, self.taps) if GLOBAL in self.tasks else []
         conds = [
@@ -85,21 +85,22 @@ class TeacherFeatures:
         count = len(conds)
         if count:  # one pass for both local tasks
             patch, corner = self._patch(x, generator)
-            patch_cond = self._teacher.of_patch(Cond.cat(conds), x.shape[-2:], corner)
-            patches = patch.repeat(count, 1, 1, 1)
+            part = Cond.cat(conds).crop(corner, patch.shape[-2:])
+            patch_cond = self._teacher.of_patch(part, x.shape[-2:], corner)
+            patches = torch.cat([patch] * count)
             found = self._teacher.features(patches, t.repeat(count), patch_cond, self.taps)
             parts = [m.chunk(count) for m in found]
             maps = maps + [m[i] for i in range(count) for m in parts]
         return maps
 
     def _patch(self, x: Tensor, generator: Generator | None) -> tuple[Tensor, list[int]]:
-        """A patch [B, C, h, w] of whole tokens, at one position for the batch, and its row and
+        """A patch [B, C, ..., h, w] of whole tokens, at one position for the batch, and its row and
         column.
         """
         corner = []
         cell = self._teacher.patch
         place = torch.rand(2).tolist() if generator is None else uniform(2, generator, "patch")
-        for dim, u in zip((2, 3), place, strict=True):
+        for dim, u in zip((-2, -1), place, strict=True):
             cells = x.shape[dim] // cell
             size = max(1, round(self.patch * cells))
             corner.append(cell * int(u * (cells - size + 1)))

@@ -3,6 +3,8 @@ A folder of pictures can be evaluated too.
 
 <folder>/evaluation/<who>-<steps>-<hash>/000000.png
     picture i, from seed + i; kept, so that a killed command resumes
+                                       captions.json
+    the caption of every number
 
 The hash covers the weights and every setting that changes a picture. A batch gives the same
 pictures in every process, and all are scored together from the files. So the number of processes
@@ -33,17 +35,20 @@ from distill.data.lines import Lines
 from distill.evaluation.features import cache_folder, features, open_rgb
 from distill.evaluation.networks import Clip, Describer, Dinov2
 from distill.evaluation.references import check_measures, check_variety, coco, pictures_in
+from distill.evaluation.results import CAPTIONS, OUTCOMES, captions_digest, packed
 from distill.evaluation.scores import Score
 from distill.evaluation.shapes import (
     SHOWN,
     evaluated_samplers,
     generation_precision,
     model_fingerprint,
+    teacher_sampling,
     write_result,
 )
+from distill.evaluation.tables import steps_text
 from distill.machine.hardware import memory_left
 from distill.sampling import Consistency, FewSteps, seeded, to_bytes
-from distill.storage.atomic import write_atomic
+from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import text_of
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar, stage
@@ -65,13 +70,14 @@ class Prompted:
         prompts: use only so many, the first ones; None: all.
         reference: a folder of real pictures; None: COCO's, or none.
         variety: [captions, pictures of each], for scores that need several pictures of a caption.
-        guidance: the teacher's; the student has none.
+        guidance: a many-step teacher's; the student and few-step teachers have none.
         precision: of the denoisers' passes.
         size: pixels a side, or [width, height]; None: the size that the teacher was trained for.
         batch_size: pictures generated at a time; None: 16, or fewer if they are large or memory is
             short.
         square: crop generated and real pictures to their largest centred square.
         workers: of the DataLoader that reads pictures.
+        column: of prompts in a table.
     """
 
     networks: Mapping[str, Describer]
@@ -90,6 +96,7 @@ class Prompted:
     square: bool = True
     batch_size: int | None = None
     workers: int = 4
+    column: str | None = None
 
     def __post_init__(self) -> None:
         check_measures(self.measures, self.scores)
@@ -104,7 +111,7 @@ class Prompted:
                 for path, caption in zip(self.reference_paths, self.captions, strict=True)
             }
         else:
-            self.captions = Lines(self.path, "metrics.path").lines[: self.prompts]
+            self.captions = Lines(self.path, "metrics.path", self.column).lines[: self.prompts]
         if self.reference:
             self.reference_paths = pictures_in(Path(self.reference))
         needing = self._measures_needing("reference")
@@ -165,7 +172,7 @@ class Prompted:
         rows, strips = [], []
         for who, steps, paths, _ in self.generate(student, teacher, folder, sampler):
             images = paths[0].parent
-            with stage(f"scoring the {who} in {steps} step{'s' * (steps > 1)}"):
+            with stage(f"scoring the {who} in {steps_text(steps)}"):
                 scores = self._scores(paths, images, self.captions, teacher.device)
             rows.append({"who": who, "steps": steps, **scores, **_seconds(images)})
             strips.append(_strip(paths[: len(self.captions)]))
@@ -175,7 +182,7 @@ class Prompted:
         if self.teacher_steps:
             solver = "Euler" if teacher.prediction == "flow" else "DDIM"
             protocol["teacher sampler"] = f"{solver}, trailing steps"
-            protocol["teacher guidance"] = self.guidance
+            protocol |= teacher_sampling(self.guidance, teacher)
         if self.student_steps:
             protocol |= {"student sampler": str(sampler), "student guidance": "none"}
         write_result(folder, protocol, rows, strips, model_fingerprint(folder, student or teacher))
@@ -237,7 +244,9 @@ class Prompted:
         shape, rows = teacher.shape_of(self.size, "metrics.size"), []
         batch_size = self.batch_size or _default_batch_size(teacher, student, shape)
         for who, n, sample in evaluated_samplers(self, student, teacher, sampler, shape):
-            model, how = (teacher, self.guidance) if who == "teacher" else (student, str(sampler))
+            model, how = student, str(sampler)
+            if who == "teacher":
+                model, how = teacher, next(iter(teacher_sampling(self.guidance, teacher).values()))
             provenance = json.dumps(
                 [
                     self.image_captions,
@@ -254,6 +263,8 @@ class Prompted:
             paths = [images / f"{i:06d}.png" for i in range(len(self.image_captions))]
             rows.append((who, n, paths, sample))
             self._generate_missing(rows[-1], teacher, batch_size, rank, world_size)
+            if rank == 0:
+                write_text_atomic(images / CAPTIONS, json.dumps(self.captions))
         return rows
 
     @torch.no_grad()
@@ -269,7 +280,7 @@ class Prompted:
         if not missing:
             return
         share = f", process 1 of {world_size}" if world_size > 1 else ""
-        what = f"generating by the {who} in {steps} step{'s' * (steps > 1)}{share}"
+        what = f"generating by the {who} in {steps_text(steps)}{share}"
         with Bar(what, sum(map(len, missing)), unit="image", rate="images") as bar:
             for batch in missing:
                 start = time.monotonic()
@@ -287,11 +298,12 @@ class Prompted:
 
     def _scores(
         self, paths: list[Path], cache: Path, captions: list[str], device: torch.device
-    ) -> dict[str, float]:
-        """All measures. The first pictures are one for each caption; those after them are for
-        scores that need several of a caption.
+    ) -> dict[str, Any]:
+        """All measures, and the outcomes of each prompt. The first pictures are one for each
+        caption; those after them are for scores that need several of a caption.
         """
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
+        outcomes: dict[str, Tensor] = {}
         options = {
             "device": device,
             "square": self.square,
@@ -313,15 +325,18 @@ class Prompted:
                 continue
             value = score(pictures, beside, network.scale)
             found |= value if isinstance(value, dict) else {name: value}
-        return found
+            numbers = score.by_picture(pictures, beside, network.scale)
+            if numbers is not None and captions:
+                outcomes[name] = numbers
+        return {**found, OUTCOMES: packed(outcomes)} if outcomes else found
 
     def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
         """The settings that decide whether scores are comparable; `first` is a picture."""
         width, height = open_rgb(first).size
         protocol: dict[str, Any] = {}
         if captions:
-            digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()
-            protocol |= {"data": f"{data}, sha256 {digest[:12]}", "prompts": len(captions)}
+            protocol["data"] = f"{data}, {captions_digest(captions)}"
+            protocol["prompts"] = len(captions)
         protocol["reference"] = "none"
         if self._measures_needing("reference"):
             protocol["reference"] = f"{len(self.reference_paths)} pictures"

@@ -6,23 +6,29 @@
     own      whether the main result is from the run itself
     newest   index of the newest result
 
-`picture` is a file in samples/ with a strip of pictures for every row. Nothing here imports torch.
+`picture` is a file in samples/ with a strip of pictures for every row. A row may hold `outcomes`:
+for measures that are means over prompts the number of every prompt, as a text of numbers. Nothing
+here imports torch.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from distill.storage.bounded import mapping_of
 
 FILE, PICTURE = "evaluation.json", "comparison.png"
+CAPTIONS = "captions.json"  # beside the pictures of a row: a list, the caption of each number
+SCORES = "scores.csv"  # of the student along the run
 PADDING = 2  # pixels between the pictures of a strip, as in torchvision's grids
 NAME = re.compile(r"comparison(_[0-9a-f]{8})?\.png")
-ROW_PREFIXES = ("teacher", "student")  # of protocol keys that describe only some rows
+OUTCOMES = "outcomes"  # key of a row
+MOST_PROMPTS = 10**6  # ours: limit of the outcomes of a row
 Result = dict[str, Any]
 
 
@@ -47,6 +53,38 @@ def _result(entry: Mapping[str, Any]) -> Result:
     return {"protocol": entry.get("protocol", {}), "rows": entry["rows"], "picture": picture}
 
 
+def packed(outcomes: Mapping[str, Iterable[float]]) -> dict[str, str]:
+    """The number of every prompt by measure, as texts: `1 0 1`, with six digits."""
+    return {key: " ".join(f"{float(x):.6g}" for x in found) for key, found in outcomes.items()}
+
+
+def outcomes_of(row: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The number of every prompt by measure; {} for a row of an older version.
+
+    Raises ValueError for texts that are no finite numbers.
+    """
+    texts = row.get(OUTCOMES, {})
+    if not isinstance(texts, Mapping) or not all(isinstance(t, str) for t in texts.values()):
+        raise ValueError("outcomes must be texts of numbers; evaluate anew")
+    return {str(key): _numbers(text) for key, text in texts.items()}
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(maxsplit=MOST_PROMPTS)]
+    except ValueError:
+        raise ValueError("outcomes hold a text that is no number; evaluate anew") from None
+    if not all(map(isfinite, found)):
+        raise ValueError("outcomes hold a number that is not finite; evaluate anew")
+    return found
+
+
+def captions_digest(captions: Iterable[str]) -> str:
+    """What the protocol of an evaluation on prompts says of them: `sha256 4e07408562be`."""
+    text = "\n".join(captions).encode("utf-8", "surrogatepass")
+    return f"sha256 {hashlib.sha256(text).hexdigest()[:12]}"
+
+
 def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether scores by two protocols are comparable: they agree in every key that both have.
 
@@ -57,9 +95,8 @@ def comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """Eight hex digits of the protocol, without the keys that describe a teacher or student."""
-    kept = {k: v for k, v in protocol.items() if not k.startswith(ROW_PREFIXES)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hex digits of the protocol."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def add_result(
@@ -92,7 +129,10 @@ def _merged(old: Result, new: Result) -> Result:
     rows = {(row["who"], row["steps"]): row for row in old["rows"]}
     for row in new["rows"]:
         name = (row["who"], row["steps"])
-        rows[name] = {**rows.get(name, {}), **row}
+        before = rows.get(name, {})
+        rows[name] = {**before, **row}
+        if outcomes := {**before.get(OUTCOMES, {}), **row.get(OUTCOMES, {})}:
+            rows[name][OUTCOMES] = outcomes
     ordered = sorted(rows.values(), key=lambda row: row["who"] == "student")
     protocol = {**old["protocol"], **new["protocol"]}
     return {"protocol": protocol, "rows": ordered, "picture": old["picture"]}

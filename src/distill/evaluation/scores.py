@@ -28,6 +28,10 @@ class Score(ABC):
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float | dict[str, float]:
         """A number, or several by name. `scale` is the learned scale of the network's logits."""
 
+    def by_picture(self, pictures: Tensor, beside: Tensor, scale: float) -> Tensor | None:
+        """A number of each picture [N] whose mean is the score; None where there is no such."""
+        return None
+
     def __str__(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in vars(self).items() if key != "network")
 
@@ -37,6 +41,9 @@ class Frechet(Score):
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
         return distances.frechet(pictures, beside)
+
+    def by_picture(self, pictures: Tensor, beside: Tensor, scale: float) -> Tensor:
+        return distances.frechet_by_sample(pictures, beside, paired=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +112,10 @@ class Alignment(Score):
     needs = "captions"
 
     def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
-        cosine = (pictures.double() * beside.double()).sum(1).mean().item()
+        return self.by_picture(pictures, beside, scale).mean().item()
+
+    def by_picture(self, pictures: Tensor, beside: Tensor, scale: float) -> Tensor:
+        cosine = (pictures.double() * beside.double()).sum(1)
         return cosine * (scale if self.scaled else 1.0)
 
 

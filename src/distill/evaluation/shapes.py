@@ -5,32 +5,44 @@ and seeds.
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from distill.core.tensors import fingerprint
-from distill.core.types import Denoiser
+from distill.core.types import FILL, Denoiser
+from distill.data.masks import Masks
 from distill.evaluation import results
+from distill.evaluation.tables import steps_text
 from distill.machine.hardware import precision
-from distill.sampling import Consistency, FewSteps, in_precision, seeded
+from distill.sampling import (
+    Consistency,
+    FewSteps,
+    distilled,
+    in_precision,
+    sampler_of,
+    seeded,
+)
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_atomic
 from distill.storage.fingerprints import path_fingerprint
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
-from distill.worlds.shapes.judge import Judge, judging_prompts
-from distill.worlds.shapes.world import SIDE, Prompt
+from distill.worlds.shapes.judge import SEEDS, Judge, judging_prompts
+from distill.worlds.shapes.render import render
+from distill.worlds.shapes.world import SIDE, Prompt, draw_scene
 
 BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
+MASKED = 3  # of the seeds of pictures to fill; the judge's renders have 2
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -41,7 +53,7 @@ FIXED_PROTOCOL = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The protocol. `guidance` is the teacher's; the student has none.
+    """The protocol. `guidance` is a many-step teacher's; student and few-step teachers have none.
 
     `precision` is that of the denoiser.
     """
@@ -55,6 +67,9 @@ class Shapes:
 
     def fits(self, teacher: PipelineTeacher) -> None:
         """Raise ValueError for a teacher whose pictures the reader of shapes cannot read."""
+        if getattr(teacher, "video", False):
+            what = "the reader of shapes reads pictures, and this teacher makes videos"
+            raise ValueError(f"metrics: {what}; leave them out by ~metrics")
         side = teacher.latent_shape[-1] * teacher.unit // teacher.patch
         if side != SIDE:
             what = (
@@ -78,10 +93,9 @@ class Shapes:
         """
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
-        shape = teacher.latent_shape
-        for who, n, sample in evaluated_samplers(self, student, teacher, sampler, shape):
+        for who, n, sample in self.samplers(student, teacher, sampler):
             count = self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
-            what = f"evaluating the {who} in {n} step{'s' * (n > 1)}"
+            what = f"evaluating the {who} in {steps_text(n)}"
             with Bar(what, count, unit="image", rate="images") as bar:
                 scores, shown = self._evaluate(judge, teacher, sample, bar)
             rows.append({"who": who, "steps": n, **scores})
@@ -89,29 +103,45 @@ class Shapes:
         protocol = {
             "prompts": self.prompts,
             "seed": self.seed,
-            "teacher guidance": self.guidance,
+            **teacher_sampling(self.guidance, teacher),
             "precision": generation_precision(self, teacher),
-            **FIXED_PROTOCOL,
+            **self.fixed(),
         }
         protocol |= {"student sampler": str(sampler or Consistency())}
         write_result(folder, protocol, rows, strips, model_fingerprint(folder, student))
         return rows
 
+    def fixed(self) -> dict[str, Any]:
+        """What the protocol says that is not a setting."""
+        return FIXED_PROTOCOL
+
+    def samplers(
+        self, student: Denoiser, teacher: PipelineTeacher, sampler: FewSteps | None
+    ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
+        """The rows, as `evaluated_samplers` gives them."""
+        return evaluated_samplers(self, student, teacher, sampler, teacher.latent_shape)
+
     def _evaluate(
         self, judge: Judge, teacher: PipelineTeacher, sample: Callable[..., Tensor], bar: Bar
     ) -> tuple[dict, Tensor]:
         """The scores of one sampler, and its pictures [N, 3, S, S] in [-1, 1]."""
-        prompts = judging_prompts(self.prompts, seed=self.seed)
+        prompts, generate = judging_prompts(self.prompts, seed=self.seed), self.generate
         start = time.monotonic()
-        images = generate_pictures(teacher, sample, prompts, range(len(prompts)), bar)
+        images = generate(teacher, sample, prompts, range(len(prompts)), bar)
         seconds = (time.monotonic() - start) / len(prompts)
         groups, each = VARIETY
         repeated = [prompt for prompt in prompts[:groups] for _ in range(each)]
         seeds = range(10_000, 10_000 + len(repeated))
-        varied = generate_pictures(teacher, sample, repeated, seeds, bar).unflatten(0, (-1, each))
-        scores = judge(images, prompts, reference_seed=self.seed)
+        places = [place for place in range(len(prompts[:groups])) for _ in range(each)]
+        varied = generate(teacher, sample, repeated, seeds, bar, places).unflatten(0, (-1, each))
+        scores, outcomes = judge.scores_and_outcomes(images, prompts, reference_seed=self.seed)
         scores["diversity"] = judge.diversity(varied, prompts[:groups], reference_seed=self.seed)
-        return {**scores, "seconds_per_image": seconds}, images
+        row = {**scores, "seconds_per_image": seconds, results.OUTCOMES: results.packed(outcomes)}
+        return row, images
+
+    def generate(self, *args: Any) -> Tensor:
+        """The pictures of `generate_pictures`."""
+        return generate_pictures(*args)
 
 
 def evaluated_samplers(
@@ -123,15 +153,29 @@ def evaluated_samplers(
 ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
     """Each (`teacher` or `student`, number of steps, function that samples latents [B, *shape]).
 
-    The function takes a conditioning and generators.
+    The function takes a conditioning and generators. A teacher that was distilled itself samples as
+    its own pipeline does, without guidance.
     """
     options = {"shape": shape, "precision": generation_precision(protocol, teacher)}
     for n in protocol.teacher_steps:
-        sample = partial(guided, teacher, guidance=protocol.guidance, steps=n)
+        if distilled(teacher.pipeline):
+            sample = partial(sampler_of(teacher.pipeline), teacher, steps=n)
+        else:
+            scales = {"guidance": protocol.guidance}
+            if image_guidance := getattr(protocol, "image_guidance", None):
+                scales["image_guidance"] = image_guidance
+            sample = partial(guided, teacher, steps=n, **scales)
         yield "teacher", n, partial(in_precision, sample, **options)
     for n in protocol.student_steps:
         sample = partial(sampler or Consistency(), student, steps=n)
         yield "student", n, partial(in_precision, sample, **options)
+
+
+def teacher_sampling(guidance: float, teacher: PipelineTeacher) -> dict[str, Any]:
+    """What a protocol says of the teacher: its guidance, or the sampler of a few-step one."""
+    if distilled(teacher.pipeline):
+        return {"teacher sampler": str(sampler_of(teacher.pipeline))}
+    return {"teacher guidance": guidance}
 
 
 def generation_precision(protocol: Any, teacher: PipelineTeacher) -> str:
@@ -221,12 +265,38 @@ def generate_pictures(
     prompts: list[Prompt],
     seeds: Sequence[int],
     bar: Bar,
+    places: Sequence[int] | None = None,
+    image_of: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> Tensor:
-    """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU. `bar` counts them."""
-    parts = []
+    """One picture per prompt and seed: [N, 3, S, S] in [-1, 1], on the CPU. `bar` counts them.
+
+    An inpainting teacher fills a masked render of each prompt, the one numbered in `places`; None:
+    0, 1, ... `image_of` makes the image channels of it; None: as the teacher does.
+    """
+    parts, places = [], places or range(len(prompts))
+    image_of = image_of or (teacher.image_of if teacher.image_channels else None)
     for i in range(0, len(prompts), BATCH):
-        cond = teacher.embed([p.caption for p in prompts[i : i + BATCH]])
-        x0 = sample(cond, seeded(seeds[i : i + BATCH]))
+        now = slice(i, i + BATCH)
+        cond = teacher.embed([p.caption for p in prompts[now]])
+        if image_of:
+            batch = {k: x.to(teacher.device) for k, x in masked(prompts[now], places[now]).items()}
+            cond = replace(cond, image=image_of(batch))
+        x0 = sample(cond, seeded(seeds[now]))
         parts.append(teacher.decode(x0).clamp(-1, 1).cpu())
         bar.advance(len(parts[-1]))
     return torch.cat(parts)
+
+
+def masked(prompts: Sequence[Prompt], places: Sequence[int]) -> dict[str, Tensor]:
+    """A render of each prompt, `pixels` [N, 3, 64, 64] in [-1, 1], and the mask of what an
+    inpainting model fills, `fill` [N, 1, 64, 64]; both by the number in `places`.
+
+    These scenes are neither in the training data nor among the renders that pictures are compared
+    with.
+    """
+    scenes = [
+        draw_scene(np.random.default_rng([SEEDS, place, MASKED]), prompt)
+        for place, prompt in zip(places, prompts, strict=True)
+    ]
+    pixels = torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return {"pixels": pixels, FILL: Masks()(SEEDS, places, (SIDE, SIDE))}

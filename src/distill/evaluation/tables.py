@@ -13,9 +13,9 @@ imports torch.
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Literal, NamedTuple
 
+from distill.evaluation.results import outcomes_of
 from distill.storage.bounded import number_of
 from distill.terminal.shown import in_markdown, shown
 
@@ -64,9 +64,19 @@ MEASURES = {  # key in evaluation.json -> measure
     "diversity": Measure("Diversity", "as data"),
     "variety": Measure("Variety", "neither"),
     "stripe_sharpness": Measure("Sharpness", "as data"),
+    # Of edits and of filled pictures.
+    "edited": Measure("Edits right", "higher", PERCENT),
+    "followed": Measure("Instruction followed", "higher", PERCENT),
+    "kept": Measure("Rest as before", "higher", PERCENT),
+    "stuck": Measure("Named part as before", "lower", PERCENT),
+    "change": Measure("Change, of the true one", "as data", "{:.2f}"),
+    "kept_error": Measure("Error where nothing changes", "lower", "{:.4f}"),
+    "known_error": Measure("Error of known pixels", "lower", "{:.4f}"),
+    "fill_distance": Measure("Distance to what was masked", "lower", "{:.3f}"),
     TIME: Measure("Seconds per image", "lower"),
     **{key: Measure(key.capitalize(), "higher", PERCENT) for key in ATTRIBUTES},
 }
+LARGEST_SCORE = 1e100  # ours: squares of larger ones, for the spread, are no floats
 MOST_ROWS = 1000  # ours: limit of samplers times numbers of steps
 LABEL_WIDTHS = (10, 6)  # characters in a terminal
 SCORE_WIDTH = 18
@@ -76,11 +86,15 @@ SCORE_WIDTH = 18
 
 
 class Row(NamedTuple):
-    """The scores of a sampler at one number of steps, which is 0 for real data."""
+    """The scores of a sampler at one number of steps, which is 0 for real data.
+
+    `outcomes`: for some measures the number of every prompt, whose mean is the score.
+    """
 
     who: str
     steps: int
     scores: dict[str, float]
+    outcomes: Mapping[str, Sequence[float]] = {}
 
     @property
     def name(self) -> str:
@@ -95,7 +109,8 @@ def steps_text(n: int) -> str:
 def rows_of(evaluation: Mapping[str, Any], *, finite: bool = True) -> list[Row]:
     """The rows in the order of the file, which is also that of the strips in the comparison.
 
-    finite: leave out infinite scores and NaN, which means that no prompt names that attribute.
+    finite: leave out infinite and huge scores, and NaN, which means that no prompt names that
+    attribute.
 
     Raises ValueError for a file that does not hold rows and a protocol.
     """
@@ -114,7 +129,12 @@ def _row(row: Mapping[str, Any], where: str, finite: bool) -> Row:
         raise ValueError(f"{where} has {values}, not a name and a number; evaluate anew")
     found = {key: number_of(row, key, where) for key in MEASURES if key in row}
     scores = {key: x for key, x in found.items() if x is not None}
-    return Row(who, steps, {k: x for k, x in scores.items() if isfinite(x) or not finite})
+    try:
+        outcomes = outcomes_of(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    kept = {k: x for k, x in scores.items() if abs(x) < LARGEST_SCORE or not finite}
+    return Row(who, steps, kept, outcomes)
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -130,12 +150,14 @@ class Column:
     better: Better = "neither"
     absent: str = ABSENT
 
-    def text(self, scores: Sequence[float]) -> str:
-        """Mean ± standard deviation over seeds, or a single score."""
+    def text(self, scores: Sequence[float], ends: tuple[float, float] | None = None) -> str:
+        """Mean ± standard deviation over seeds, or a single score; then its interval."""
         if not scores:
             return self.absent
-        mean = self.form.format(statistics.fmean(scores))
-        return f"{mean} ± {self.form.format(statistics.stdev(scores))}" if scores[1:] else mean
+        text = self.form.format(statistics.fmean(scores))
+        if scores[1:]:
+            text += f" ± {self.form.format(statistics.stdev(scores))}"
+        return f"{text} [{', '.join(map(self.form.format, ends))}]" if ends else text
 
     def distance(self, scores: Sequence[float]) -> float:
         """Distance of the mean from the ideal value; lower is better."""
@@ -145,10 +167,14 @@ class Column:
 
 
 class Line(NamedTuple):
-    """A line of a table: the texts that name it, and its scores by measure, one for each seed."""
+    """A line of a table: the texts that name it, and its scores by measure, one for each seed.
+
+    `intervals`: for some measures the ends of the mean's interval.
+    """
 
     labels: Sequence[str]
     scores: Mapping[str, Sequence[float]]
+    intervals: Mapping[str, tuple[float, float] | None] = {}
 
 
 class Cell(NamedTuple):
@@ -194,7 +220,8 @@ def _cell(column: Column, best: float | None, line: Line) -> Cell:
     if not scores:
         return Cell(column.absent, None, best=False)
     is_best = column.distance(scores) == best
-    return Cell(column.text(scores), statistics.fmean(scores), is_best)
+    text = column.text(scores, line.intervals.get(column.key))
+    return Cell(text, statistics.fmean(scores), is_best)
 
 
 def columns_of(keys: Iterable[str], lines: Sequence[Line]) -> list[Column]:
@@ -263,16 +290,22 @@ def as_text(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     """A table in markdown; it ends with a line end."""
-    heads, *lines = (
-        [in_markdown(text.replace(SPACE, " ")) for text in row] for row in _cell_texts(table)
-    )
-    rows = "".join(f"| {' | '.join(row)} |\n" for row in lines)
-    return f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|\n{rows}"
+    heads, *lines = _cell_texts(table)
+    return markdown_table(heads, lines)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Texts as a table in markdown; it ends with a line end."""
+    escaped = [[in_markdown(t.replace(SPACE, " ")) for t in row] for row in (heads, *rows)]
+    first, *lines = [f"| {' | '.join(row)} |\n" for row in escaped]
+    return f"{first}{'|---' * len(heads)}|\n{''.join(lines)}"
 
 
 def _cell_texts(table: Table) -> Iterator[list[str]]:
     """The texts of the heads, then of each line."""
     yield table.heads
     for line in table.lines:
-        scores = (column.text(line.scores.get(column.key, ())) for column in table.columns)
-        yield [*line.labels, *scores]
+        keys = [column.key for column in table.columns]
+        cells = [(line.scores.get(key, ()), line.intervals.get(key)) for key in keys]
+        texts = (column.text(*cell) for column, cell in zip(table.columns, cells, strict=True))
+        yield [*line.labels, *texts]

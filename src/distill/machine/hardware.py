@@ -24,6 +24,7 @@ SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
 SLOW = 2.0  # ours: above this ratio of bfloat16 to float32 time, bfloat16 is emulated
 SIDE = 192  # ours: of the matrices in that measurement, 15 ms if bfloat16 is emulated
 AMPERE = (8, 0)  # the first CUDA capability with bfloat16
+CONTAINER = Path("/sys/fs/cgroup")  # of this process, on Linux
 X86_FLAGS = ("avx512_bf16", "amx_bf16")
 
 
@@ -64,10 +65,8 @@ def memory(kind: str = "cpu") -> int:
 
     if kind == "cuda":
         return int(torch.cuda.get_device_properties(device()).total_memory)
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
-    return min(total, int(text)) if text.isdigit() else total
+    total, limit = psutil.virtual_memory().total, _container_limit()
+    return total if limit is None else min(total, limit)
 
 
 def memory_available() -> int:
@@ -77,16 +76,24 @@ def memory_available() -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        limit = _container_limit()
+        if limit is None:
+            return available
+        used = int((CONTAINER / "memory.current").read_text(encoding="utf-8"))
+        lines = (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines()
         counts = {name: int(value) for name, value in map(str.split, lines)}
-    except (OSError, ValueError):  # another system, or no limit ("max")
+    except (OSError, ValueError):
         return available
     # The system gives up its cache of files when processes need memory.
     return min(available, limit - used + counts.get("inactive_file", 0))
+
+
+def _container_limit() -> int | None:
+    """Bytes that this container may take; None on another system, or without a limit ("max")."""
+    limit = CONTAINER / "memory.max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return int(text) if text.isdigit() else None
 
 
 def memory_left(*models: Any) -> float:

@@ -19,14 +19,20 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SCMScheduler,
     UNet2DConditionModel,
 )
 from torch import Tensor
 
 from distill.core.limits import check_strength, steps_left
 from distill.core.process import level_like
+from distill.core.times import ResolutionShift, Shift
 from distill.core.types import Cond, Denoiser
 from distill.machine.hardware import autocast
+from distill.sampling.angles import check_no_angles, has_angles, pipeline_levels
+from distill.sampling.noise import draw_noise as draw_noise
+from distill.sampling.noise import first_noise, step_noise
+from distill.sampling.shifts import check_shift, shift_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
@@ -64,24 +70,6 @@ def check_finite(x: Tensor, what: str) -> None:
         )
 
 
-def draw_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape], each row from its own generator, as a diffusers pipeline draws its first
-    latents.
-    """
-    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
-
-
-def step_noise(student: Any, shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise [B, *shape] of a later step, drawn in the layout of the latents, as a pipeline's
-    scheduler does.
-    """
-    network = getattr(student, "network", student)
-    unpacked = getattr(network, "unpacked", None)
-    if unpacked is None:
-        return draw_noise(shape, generators)
-    return unpacked(draw_noise(network.packed_shape(shape), generators), shape)
-
-
 def rounds_up(student: Any) -> bool:
     """Whether the pipeline of this student or teacher rounds up the steps for an image: see
     `steps_left`.
@@ -102,18 +90,21 @@ def in_precision(
         return sampler(cond, generators, **options)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FewSteps(ABC):
     """A sampler of students without guidance: predict x0, renoise to the next level.
 
     levels: the first n of them are the n steps; None: 1, 1 - 1/n, ..., 1/n, diffusers' trailing
-    spacing.
+    spacing. shift: moves the levels with the size of the picture.
     """
 
     levels: Sequence[float] | None = None
+    shift: Shift = None
     needs_finite_rho: ClassVar[bool] = False
+    few = True  # whether it is for students of few steps
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shift", ResolutionShift.of(self.shift, "sampler.shift"))
         if self.levels is None:
             return
         falling = all(a > b for a, b in itertools.pairwise([*self.levels, 0.0]))
@@ -122,9 +113,19 @@ class FewSteps(ABC):
                 f"sampler.levels={self.levels}: must fall from at most 1, and stay above 0"
             )
 
-    def grid(self, steps: int, strength: float = 1.0, student: Any = None) -> list[float]:
-        """The noise levels of `steps` steps; for an image the last `steps_left` of them, as in
-        diffusers.
+    def __repr__(self) -> str:
+        shift = f", shift={self.shift}" if self.shift else ""  # results name their sampler by this
+        return f"{type(self).__name__}(levels={self.levels}{shift})"
+
+    def grid(
+        self,
+        steps: int,
+        strength: float = 1.0,
+        student: Any = None,
+        shape: Sequence[int] | None = None,
+    ) -> list[float]:
+        """The noise levels of `steps` steps for latents of this shape, [C, H, W]; for an image the
+        last `steps_left` of them, as in diffusers.
         """
         check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
@@ -132,9 +133,14 @@ class FewSteps(ABC):
         levels = (
             self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
         )
+        shift = ResolutionShift.of(self.shift, "sampler.shift")
+        if shift and shape:
+            levels = shift.of_levels(levels, shape)
         return levels[steps - steps_left(steps, strength, rounds_up(student)) :]
 
     def _trailing(self, steps: int, student: Any) -> list[float]:
+        if has_angles(student):
+            return pipeline_levels(steps)
         return [1 - i / steps for i in range(steps)]
 
     @torch.no_grad()
@@ -170,9 +176,9 @@ class FewSteps(ABC):
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
         """The x0 prediction [B, *shape] of each step; the last one is the result."""
-        grid = self.grid(steps, 1.0 if image is None else strength, student)
+        grid = self.grid(steps, 1.0 if image is None else strength, student, shape)
         device = cond.tokens.device
-        x_t = draw_noise(shape, generators).to(device)
+        x_t = first_noise(student, shape, generators).to(device)
         if image is not None:
             warn_if_image_is_lost(steps, strength, grid[0])
             x_t = student.process.diffuse(image, x_t, level_like(x_t, grid[0]))
@@ -209,6 +215,8 @@ class FewSteps(ABC):
                 f"sampler={type(self).__name__} needs a process that keeps {what}; use"
                 " sampler=consistency"
             )
+        if self.shift:
+            check_shift(self.shift, network, "sampler.shift")
 
     @abstractmethod
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
@@ -241,8 +249,11 @@ class Consistency(FewSteps):
         LCM's has four original steps, 999, 749, 499 and 249, from which 1, 2, 3 or 4 steps are
         chosen.
         """
+        if has_angles(student):
+            return SCMScheduler(sigma_data=teacher.pipeline.scheduler.config.get("sigma_data", 0.5))
         if student.prediction == "flow":
-            return flow_scheduler(of_unet=_of_unet(student), stochastic=True)
+            options = {"of_unet": _of_unet(student), "shift": self.shift}
+            return flow_scheduler(stochastic=True, **options)
         if student.shift:
             return ShiftedLCMScheduler(**_schedule_of(teacher), shifted_timestep=student.shift)
         settings = {"original_inference_steps": ORIGINAL_STEPS, "clip_sample": False}
@@ -266,23 +277,28 @@ class Euler(FewSteps):
         if network.prediction != "flow":
             what = "is for teachers that predict a flow; this one predicts " + network.prediction
             raise ValueError(f"sampler=euler: {what}; use sampler=consistency")
+        check_no_angles(network, "euler")
+        super().check(network)
 
     def scheduler(self, student: Network, teacher: PipelineTeacher) -> Any:
         self.check(student)
-        return flow_scheduler(of_unet=_of_unet(student), stochastic=False)
+        options = {"of_unet": _of_unet(student), "shift": self.shift}
+        return flow_scheduler(stochastic=False, **options)
 
 
 def _of_unet(student: Network) -> bool:
     return isinstance(student.model, UNet2DConditionModel)
 
 
-def flow_scheduler(*, of_unet: bool, stochastic: bool) -> Any:
-    """Scheduler of flow students, without a shift: they are trained at these levels.
+def flow_scheduler(*, of_unet: bool, stochastic: bool, shift: Shift = None) -> Any:
+    """Scheduler of flow students, without a shift but the sampler's: they are trained at these
+    levels.
 
     `of_unet`: pipelines of UNets call methods that diffusers' own flow scheduler does not have.
     """
+    moved = ResolutionShift.of(shift, "sampler.shift")
     kind = FlowScheduler if of_unet else FlowMatchEulerDiscreteScheduler
-    return kind(shift=1.0, stochastic_sampling=stochastic)
+    return kind(shift=1.0, stochastic_sampling=stochastic, **(moved.settings() if moved else {}))
 
 
 class EulerAncestral(FewSteps):
@@ -339,13 +355,15 @@ def sampler_of(pipeline: Any) -> FewSteps:
     saved = getattr(pipeline, "sampler", None) or {}
     if saved.get("name") == Euler.__name__:
         kind = Euler
-    return kind(levels=saved.get("levels"))
+    return kind(levels=saved.get("levels"), shift=shift_of(pipeline.scheduler.config, saved))
 
 
 def distilled(pipeline: Any) -> bool:
     """Whether a pipeline is of few steps, by its scheduler or by its index."""
     config = pipeline.scheduler.config
-    few = isinstance(pipeline.scheduler, LCMScheduler) or config.get("stochastic_sampling", False)
+    few = isinstance(pipeline.scheduler, LCMScheduler | SCMScheduler) or config.get(
+        "stochastic_sampling", False
+    )
     ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
     few = few or (ancestral and config.timestep_spacing == "trailing")
     return few or bool(getattr(pipeline, "sampler", None))

@@ -28,6 +28,7 @@ YAML = 4 * MIB  # bytes
 YAML_NODES = 100_000  # values, counted again for every alias
 YAML_DEPTH = 64  # nested values
 LINES = 1024 * MIB  # bytes of a list of prompts, ten million of them
+MOST_DIGITS = 100  # ours: of a whole number in YAML; Python prints at most 4300
 LARGEST = 10**15  # of a whole number: those of JSON may be larger than any float
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -142,13 +143,46 @@ def yaml_of(file: Path) -> Named:
 
 
 def configuration_of(file: Path) -> dict[Any, Any]:
-    """The configuration of a run from its config.yaml. Raises ValueError or YAMLError for a damaged
-    one.
-    """
-    found = yaml.safe_load(yaml_of(file))
+    """The configuration of a run from its config.yaml. Raises ValueError for a damaged one."""
+    found = parse_yaml(text_of(file, YAML), str(file))
     if not isinstance(found, dict):
         raise ValueError(f"{file}: is no configuration; fetch the run anew")
     return found
+
+
+def parse_yaml(text: str, where: str, loader: Any = LOADER) -> Any:
+    """The content of a YAML text, which stays small when it is parsed.
+
+    Raises ValueError, starting with `where`, if it is damaged, too large or nested too deeply.
+    """
+    try:
+        check_yaml(text, where)
+    except yaml.YAMLError as error:
+        raise _no_yaml(where, error) from None
+    try:
+        tree = yaml.load(text, Loader=loader)
+        _check_numbers(tree)
+    except yaml.YAMLError as error:
+        raise _no_yaml(where, error) from None
+    except Exception:  # a tag such as `!!bool x`, on a value that is none, raises nearly anything
+        what = "holds a value that is not of its type, or a number that is too large"
+        raise ValueError(f"{where}: {what}; copy it again") from None
+    return tree
+
+
+def _no_yaml(where: str, error: yaml.YAMLError) -> ValueError:
+    mark = getattr(error, "problem_mark", None)
+    line = f" (line {mark.line + 1})" if mark else ""
+    return ValueError(f"{where}: is no configuration{line}; copy it again")
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise OverflowError for a whole number that cannot be printed: its digits are limited."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+        raise OverflowError
+    inner = value.values() if isinstance(value, dict) else value
+    for each in inner if isinstance(value, dict | list | tuple | set) else ():
+        _check_numbers(each)
 
 
 def check_yaml(text: str, where: str) -> None:

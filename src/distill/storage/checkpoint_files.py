@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from distill.core.tensors import unsharded
 from distill.machine import faults
@@ -20,11 +21,17 @@ from distill.machine.faults import first_line
 from distill.storage.atomic import open_atomic
 from distill.storage.bounded import check_archive
 from distill.storage.checkpoint_names import checkpoints_at, steps_in
+from distill.storage.loaded_weights import check_stored
 from distill.terminal.shown import shown
 
 log = logging.getLogger("distill.training.checkpoints")
 # Windows cannot remove a memory-mapped file, but old checkpoints are removed.
 MAPPED = os.name == "posix"
+OURS = {"iteration": int, "images_seen": int, "skipped": int, "ema": Mapping}  # fields and types
+LIGHTNING: dict[str, type] = {  # those that Lightning writes
+    **{"global_step": int, "pytorch-lightning_version": str, "optimizer_states": list},
+    **dict.fromkeys(("state_dict", "loops", "callbacks"), Mapping),
+}
 
 
 def write_checkpoint(state: Any, path: Path) -> None:
@@ -75,6 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         parts = [
             torch.load(file, weights_only=True, map_location="cpu", mmap=MAPPED) for file in files
         ]
+        for part, file in zip(parts, files, strict=True):
+            check_stored((x for x in tree_leaves(part) if isinstance(x, Tensor)), file)
         state = unsharded(parts)
         if files[-1].name.endswith(".pt") and f"_of_{len(files):05d}" not in files[-1].name:
             raise KeyError("parts are missing")
@@ -114,24 +123,17 @@ def check_fields(state: Mapping[str, Any], path: Path) -> None:
     ours, about = state["distill"], state.get("about", {})
     metadata = about if isinstance(about, Mapping) else {}
     kinds: list[tuple[str, Any, type | tuple[type, ...]]] = [
-        *((key, ours.get(key), int) for key in ("iteration", "images_seen", "skipped")),
-        ("global_step", state.get("global_step"), int),
-        ("pytorch-lightning_version", state.get("pytorch-lightning_version"), str),
-        *((key, state.get(key), Mapping) for key in ("state_dict", "loops")),
-        ("callbacks", state.get("callbacks", {}), Mapping),
-        ("optimizer_states", state.get("optimizer_states"), list),
-        ("ema", ours.get("ema"), Mapping),
+        *((key, ours[key], kind) for key, kind in OURS.items() if key in ours),
+        *((key, state[key], kind) for key, kind in LIGHTNING.items() if key in state),
         ("about", about, Mapping),
         ("about.train_seconds", metadata.get("train_seconds") or 0.0, (int, float)),
         ("about.loggers", metadata.get("loggers") or {}, Mapping),
     ]
     for key, value, kind in kinds:
-        if value is None:
-            continue
         if not isinstance(value, kind) or isinstance(value, bool) or _negative(value):
             what = f"has {key}={shown(value, 60)}, which no run writes"
             raise ValueError(f"{path}: {what}; name another checkpoint")
-    for name, x in {**(state.get("state_dict") or {}), **(ours.get("ema") or {})}.items():
+    for name, x in {**state.get("state_dict", {}), **ours.get("ema", {})}.items():
         if not isinstance(x, Tensor) or _is_nan(x):
             what = "is no tensor" if not isinstance(x, Tensor) else "is not a number"
             raise ValueError(f"{path}: its {shown(name, 60)} {what}; name an earlier checkpoint")

@@ -2,17 +2,26 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+
+from distill.storage.bounded import format_bytes
 
 # Tensors of the other half of a larger model, such as the vision half of CLIP: they may be unused.
 OTHER_HALF = re.compile(
     r"(^|\.)(vision_model|visual_projection|text_projection|logit_scale|lm_head|position_ids"
     r"|pooler|classifier)(\.|$)"
+    # PixArt-alpha was published with its empty caption, which diffusers does not read.
+    r"|^caption_projection\.y_embedding$"
 )
 SCALED = re.compile(
     r"\.(scale_weight|scale_input|weight_scale|input_scale|comfy_quant)$|(^|\.)scaled_fp8$"
 )
+# Ours: bytes of all tensors of a file over its own. Tied weights are stored once under two names.
+MOST_VIEWS = 8
 ADVICE = "fetch it anew, or correct its config.json"
 
 
@@ -34,6 +43,21 @@ def check_all_loaded(
     }.items():
         if names:
             raise ValueError(f"{where} {what.format(first_few(names))}; {advice(names)}")
+
+
+def check_stored(tensors: Iterable[Any], file: Path) -> None:
+    """Raise ValueError for tensors of a file of torch that would take far more memory than it.
+
+    A view of one stored number may have any shape, and sparse and meta tensors too.
+    """
+    there, total = file.stat().st_size, 0
+    for x in tensors:
+        if x.is_meta or x.layout is not torch.strided:
+            raise ValueError(f"holds a {x.layout} tensor on {x.device}; save it anew")
+        total += x.numel() * x.element_size()
+    if total > MOST_VIEWS * there:
+        what = f"its tensors take {format_bytes(total)}, and the file has {format_bytes(there)}"
+        raise ValueError(f"{what}; save it anew")
 
 
 def check_finite(network: Any, where: str) -> None:

@@ -28,7 +28,12 @@ from distill.machine.alive import alive, host, start_time
 from distill.machine.ranks import rank
 from distill.storage.atomic import remove_leftovers, write_atomic
 from distill.storage.bounded import mapping_of
-from distill.storage.safe_paths import check_regular_file, check_written_paths, open_regular_file
+from distill.storage.safe_paths import (
+    check_can_be_written,
+    check_regular_file,
+    check_written_paths,
+    open_regular_file,
+)
 from distill.terminal.console import note
 from distill.terminal.secret import redacted
 
@@ -80,6 +85,7 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
     if rank() != 0:
         yield
         return
+    check_can_be_written(folder, key)
     check_written_paths(folder, key)
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +102,7 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
 @contextmanager
 def one_writer_of(path: Path, key: str) -> Iterator[None]:
     """As `one_writer`, for a file or folder that is written atomically."""
+    check_can_be_written(path.parent, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(_lock_beside(path), f"{key}={path}"):
         remove_leftovers(path.parent, of=path.name)
@@ -117,10 +124,11 @@ def check_free(folder: Path, key: str) -> None:
     """
     if rank() != 0:
         return
+    check_can_be_written(folder.parent if folder.is_file() else folder, key)
     check_written_paths(folder, key)
     places = (folder / NAME, _lock_beside(folder))
     for path in places:
-        check_regular_file(path, f"{key}={folder}")
+        check_regular_file(path, f"{key}={folder}", one_name=True)
     there = [path for path in places if path.exists()]
     for path in (path for path in there if path.absolute() not in _held_locks):
         deadline = time.monotonic() + SHORT_WAIT  # the other process may only test the lock

@@ -1,17 +1,21 @@
-"""Convert pictures to RGB, and write several as one PNG."""
+"""Convert pictures to RGB, and write several as one PNG, or those of a video as one WebP."""
 
 import io
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from distill.storage import formats
 from distill.storage.atomic import write_atomic
 
+QUALITY = 90  # ours: of the WebP files of videos, from 1 to 100
 # Mean and standard deviation of ImageNet's pixels in [0, 1], by channel.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -49,6 +53,21 @@ def grid_of(pictures: Tensor, nrow: int) -> np.ndarray:
     grid = make_grid(pictures, nrow=nrow)
     rounded = grid.mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0)
     return rounded.to("cpu", torch.uint8).numpy()
+
+
+def animation(video: Tensor, fps: float, about: Mapping[str, str]) -> bytes:
+    """A video, uint8 [3, F, H, W], as an animated WebP of `fps` frames per second, for ever.
+
+    Pillow writes no video with a codec of its own, and browsers play this one. `about` is the image
+    description in its EXIF, as JSON.
+    """
+    frames = [Image.fromarray(x) for x in video.permute(1, 2, 3, 0).cpu().numpy()]
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(about))
+    options: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
+    options |= {"duration": round(1000 / fps), "quality": QUALITY, "exif": exif}
+    frames[0].save(content := io.BytesIO(), format="webp", **options)
+    return content.getvalue()
 
 
 def write_png(picture: np.ndarray, path: Path) -> None:

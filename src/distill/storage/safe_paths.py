@@ -46,24 +46,67 @@ def check_written_paths(folder: Path, key: str) -> None:
             check_regular_file(path, f"{key}={folder}")
 
 
-def check_regular_file(path: Path, what: str) -> None:
-    """Raise ValueError, starting with `what`, if the path exists and is not a regular file."""
+def check_can_be_written(folder: Path, key: str) -> None:
+    """Raise OSError, starting with `key`, if this folder can neither be made nor written into.
+
+    Nothing is written for it: the first folder above that exists decides.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        what = f"{place} is no folder, so nothing can be written there"
+        raise NotADirectoryError(f"{key}={folder}: {what}; name another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        what = f"{place} may not be written to"
+        raise PermissionError(f"{key}={folder}: {what}; name another place")
+
+
+def check_regular_file(path: Path, what: str, *, one_name: bool = False) -> None:
+    """Raise ValueError, starting with `what`, if the path exists and is not a regular file.
+
+    With `one_name` also for a hard link, whose content may be wanted under its other name.
+    """
     try:
-        mode = path.lstat().st_mode
+        found = path.lstat()
     except OSError:  # nothing is there
         return
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "no regular file"
+    kind = None if stat.S_ISREG(found.st_mode) else "no regular file"
+    if stat.S_ISLNK(found.st_mode):
+        kind = "a link"
+    elif kind is None and one_name and found.st_nlink > 1:
+        kind = "a hard link"
+    if kind is not None:
         raise ValueError(f"{what}: {path} is {kind}, and would be written; remove it")
 
 
 def open_regular_file(path: Path, what: str, flags: int = 0) -> int:
     """Open a file for reading and writing without following a link; returns its descriptor.
 
-    Raises ValueError as `check_regular_file` does.
+    Raises ValueError as `check_regular_file` does, for hard links too.
     """
-    check_regular_file(path, what)
+    check_regular_file(path, what, one_name=True)
     return os.open(path, os.O_RDWR | NOFOLLOW | flags, 0o644)
+
+
+def is_own(file: Path, folder: Path) -> bool:
+    """Whether a file lies in this folder, links resolved, or in the blob store of the hub's cache
+    beside it.
+
+    A link in an untrusted folder may lead to any file of this machine, which would be copied or
+    shown.
+    """
+    folder = folder.absolute()
+    kept = [parent for parent in folder.parents if parent.name == "snapshots"]
+    store = [parent.with_name("blobs") for parent in kept]
+    return any(_is_inside(file, root) for root in (folder, *store))
+
+
+def check_own(file: Path, run: Path) -> None:
+    """Raise ValueError for a file of an untrusted run that is a link out of its folder."""
+    if not is_own(file, run) and not is_trusted_run(run):
+        hint = f"replace it by its target, or set {TRUST_RUN}={run} if the link is yours"
+        raise ValueError(f"{file}: is a link out of the run's folder; {hint}")
 
 
 def _written(folder: Path) -> Iterator[Path]:

@@ -24,7 +24,7 @@ def attribute(target: str, name: str) -> Any:
 
 
 def assigned(target: str, name: str) -> ast.expr | None:
-    """The expression assigned to `name` in the body of a class, or of its nearest base with one.
+    """The expression assigned to `name` in the body of a class, or of its first base with one.
 
     `target` is the dotted name of the class. None if nothing is assigned.
     """
@@ -62,15 +62,31 @@ def lineage(target: str) -> list[str]:
 def lineage_of(
     module: str, node: ast.ClassDef, ending: Container[str] = PLAIN
 ) -> Iterator[tuple[str, ast.ClassDef]]:
-    """A class and its bases with a readable source, nearest first: (module, definition).
+    """A class and its bases with a readable source, in Python's order of resolution (C3): (module,
+    definition).
 
     Bases named in `ending` are left out.
     """
     yield module, node
+    bases = []
     for base in node.bases:
         found = None if last(base) in ending else find(home(module, base), last(base))
         if found and isinstance(found[1], ast.ClassDef):
-            yield from lineage_of(*found, ending=ending)
+            bases.append((found[0], found[1]))
+    yield from _merged([*(list(lineage_of(*base, ending=ending)) for base in bases), bases])
+
+
+def _merged(orders: list[list[tuple[str, ast.ClassDef]]]) -> Iterator[tuple[str, ast.ClassDef]]:
+    """The classes of several orders, in an order that agrees with each of them.
+
+    Where there is none, which Python refuses, the first class that is left comes next.
+    """
+    left = [[(f"{module}.{node.name}", (module, node)) for module, node in o] for o in orders]
+    while left := [order for order in left if order]:
+        later = {name for order in left for name, _ in order[1:]}
+        chosen, found = next((o[0] for o in left if o[0][0] not in later), left[0][0])
+        yield found
+        left = [[pair for pair in order if pair[0] != chosen] for order in left]
 
 
 def last(node: ast.expr | None) -> str:

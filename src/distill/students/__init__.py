@@ -11,7 +11,7 @@ from distill.machine.faults import first_line
 from distill.storage.atomic import atomic_folder, remove
 from distill.storage.bounded import mapping_of
 from distill.storage.loaded_weights import check_all_loaded, check_finite
-from distill.students.parts import copy_part, copy_terms
+from distill.students.parts import cast, copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.loading.locate import (
     INDEX,
@@ -22,14 +22,16 @@ from distill.teachers.loading.locate import (
     index_of,
 )
 from distill.teachers.loading.reading import BASE, OURS, home_of, lineage, only_variant
-from distill.teachers.loading.settings import KINDS, prediction_of, refuse_quantised
+from distill.teachers.loading.settings import KINDS, check_grid, prediction_of, refuse_quantised
 from distill.teachers.loading.weights import about_weights, put_on, readable, write_weights
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
+from distill.terminal.shown import shown
 
 # Settings that a student of another size shares with its teacher: its inputs and its prediction.
 FITTING = (
     *("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
+    "text_dim",
     *(
         "pooled_projection_dim",
         "addition_embed_type",
@@ -57,7 +59,7 @@ def full(
     if init not in ("teacher", "random"):
         model, own = _read(teacher, init)
         student = teacher.network.with_model(model).float().requires_grad_(True).train()
-        student.rounds_up = teacher.rounds_up
+        student.rounds_up, student.draws = teacher.rounds_up, teacher.draws
         shift = own if shift is None else shift
     else:
         student = teacher.network.trainable_copy()
@@ -169,10 +171,33 @@ def _write_pipeline(
     library = OURS if type(scheduler).__module__ == OURS else "diffusers"
     index["scheduler"] = [library, type(scheduler).__name__]
     index[STUDENT_INFO] = {"options": teacher.family_options(), "call": teacher.call_options()}
-    if sampler is not None:
+    if sampler is not None and not getattr(
+        sampler, "few", True
+    ):  # as its teacher, not of few steps
+        call = teacher.guided_call(sampler.guidance)
+        index[STUDENT_INFO] |= {"call": call, "many_steps": True}
+    elif sampler is not None:
         levels = list(sampler.levels) if sampler.levels else None
         index[STUDENT_INFO]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
+        if sampler.shift is not None:  # the scheduler has its other settings
+            index[STUDENT_INFO]["sampler"]["patch"] = sampler.shift.patch
     (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def replace_denoiser(model: nn.Module, folder: Path, dtype: str | None) -> None:
+    """Write this model in place of the denoiser of the pipeline in `folder`; None leaves its
+    dtype.
+    """
+    save_denoiser(model, folder)
+    cast(folder / denoiser_part(folder), dtype)
+
+
+def save_denoiser(model: nn.Module, folder: Path) -> None:
+    """Write this model in place of the denoiser of the pipeline in `folder`, as it is."""
+    part = denoiser_part(folder)
+    remove(folder / part)
+    model.save_pretrained(folder / part)
+    _remove_local_path(folder / part / "config.json")
 
 
 def _remove_local_path(config: Path) -> None:
@@ -225,10 +250,26 @@ def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
         about = about_weights(file)
     if "delta" not in about:
         raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
+    scheduler = _scheduler_of(about, file)
     put_on(base.pipeline, str(file))
-    kind = getattr(schedulers, about["delta"], None) or getattr(diffusers, about["delta"], object)
-    if not issubclass(kind, diffusers.SchedulerMixin):
-        raise ValueError(
-            f"delta={file}: names a scheduler {about['delta']}, which diffusers does not have"
-        )
-    return save_pipeline(base.network, base, folder, kind.from_config(about["scheduler"]))
+    return save_pipeline(base.network, base, folder, scheduler)
+
+
+def _scheduler_of(about: dict[str, Any], file: Path) -> Any:
+    """The scheduler that a delta names, which may be a stranger's."""
+    name, settings = str(about["delta"]), about.get("scheduler")
+    kind = getattr(schedulers, name, None) or getattr(diffusers, name, None)
+    bases = (diffusers.SchedulerMixin, diffusers.ConfigMixin)
+    if not isinstance(kind, type) or not all(issubclass(kind, base) for base in bases):
+        what = f"names a scheduler {shown(name, 60)}, which diffusers does not have"
+        raise ValueError(f"delta={file}: {what}; write it again by distill.export")
+    # As text they would name a repository of the hub.
+    if not isinstance(settings, dict):
+        what = f"its scheduler's settings are {shown(settings, 60)}, and must be a mapping"
+        raise ValueError(f"delta={file}: {what}; write it again by distill.export")
+    check_grid(settings, f"delta={file}: its scheduler")
+    try:
+        return kind.from_config(settings)
+    except Exception as error:  # settings of wrong types raise nearly anything
+        what = f"its scheduler cannot be made ({first_line(error, 90)})"
+        raise ValueError(f"delta={file}: {what}; write it again by distill.export") from None

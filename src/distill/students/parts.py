@@ -6,12 +6,18 @@ copied.
 """
 
 import json
+import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from distill.storage.atomic import remove, write_atomic
+from distill.storage.bounded import mapping_of
+from distill.storage.safe_paths import is_own
 from distill.teachers.loading.locate import INDEX, STUDENT_INFO, WEIGHTS, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
 from distill.teachers.loading.weights import read_weights, write_weights
@@ -20,6 +26,12 @@ from distill.terminal.progress import track
 CONFIG = "config.json"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # diffusers', transformers' two
 TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")  # of tokenizers and processors
+# Names of the files of tokenizers, processors and schedulers, in a folder that is a link.
+TOKENIZERS_OWN = re.compile(
+    r"(tokenizer|vocab|merges|added_tokens|special_tokens_map|chat_template|spiece|sentencepiece"
+    r"|(tokenizer|processor|preprocessor|scheduler)_config)(\.\w+)+"
+)
+NETWORKS_OWN = {"_class_name", "model_type", "architectures"}  # keys of their configurations
 VARIANTS = ("fp16", "bf16")  # used where there are no plain weights
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*")  # copied with the weights
 
@@ -29,10 +41,12 @@ def copy_part(source: Path, target: Path, variant: str | None = None) -> None:
     names.
 
     `variant` is the wanted variant of the weights; without it plain ones are copied, then any
-    variant.
+    variant. Raises ValueError for a link out of the pipeline's folder to what is no part of a
+    model.
     """
+    found = list(_files(source, variant))
     target.mkdir(parents=True)
-    for name, file in _files(source, variant):
+    for name, file in found:
         shutil.copyfile(file, target / name)
 
 
@@ -40,11 +54,16 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
     """Copy the pipeline of folder `source` to `target`: what its index names, in `dtype` (None:
     unchanged).
 
-    An existing `target` is removed. Raises ValueError for values that a dtype cannot represent.
+    An existing `target` is removed. Raises ValueError for values that a dtype cannot represent, and
+    FileNotFoundError for a pipeline without its denoiser.
     """
     remove(target)
     index = index_of(str(source), "run")
     named = [name for name, pair in index.items() if isinstance(pair, list) and pair[0]]
+    for name in (name for name in named if name in ("transformer", "unet")):
+        if not Path(home_of(source, name), name).is_dir():
+            raise FileNotFoundError(f"run={source}: its {name}/ is missing; fetch it anew")
+    target.mkdir(parents=True, exist_ok=True)
     for name in track(named, "copying", unit="part"):
         home = Path(home_of(source, name), name)
         if home.is_dir():
@@ -55,6 +74,15 @@ def copy_pipeline(source: Path, target: Path, dtype: str | None = None) -> Path:
         copy_terms(folder, target)
     write_atomic(target / INDEX, json.dumps(index, indent=2).encode() + b"\n")
     return target
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of the pipeline in this folder that a copy would have, without those of a base."""
+    index = index_of(str(folder), "run")
+    named = [name for name, pair in index.items() if isinstance(pair, list) and pair[0]]
+    parts = [folder / name for name in named if (folder / name).is_dir()]
+    found = [file for part in parts for _, file in _files(part, None)]
+    return [folder / INDEX, *found, *_terms(folder)]
 
 
 def set_sampler(folder: Path, name: str, scheduler: Any) -> None:
@@ -78,25 +106,54 @@ def cast(folder: Path, dtype: str | None) -> None:
 
 def copy_terms(source: Path, target: Path) -> None:
     """Copy licence files beside a pipeline's parts."""
+    for file in _terms(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def _terms(folder: Path) -> Iterator[Path]:
     for pattern in TERMS:
-        for file in source.glob(pattern):
-            if file.is_file() and _inside(file, source):
-                shutil.copyfile(file, target / file.name)
+        yield from (
+            file for file in folder.glob(pattern) if file.is_file() and is_own(file, folder)
+        )
 
 
 def _files(folder: Path, variant: str | None) -> Iterator[tuple[str, Path]]:
-    """Name in the copy -> file, for all files of this part that are read."""
+    """Name in the copy -> file, for all files of this part that are read.
+
+    A link out of the pipeline's folder, such as to the same part of another model, may lead to
+    files of a model, and to no others.
+    """
+    own = folder.parent
     if (folder / CONFIG).is_file():  # a network
-        yield CONFIG, folder / CONFIG
         extra = folder / "generation_config.json"
-        if extra.is_file() and _inside(extra, folder):
+        if extra.is_file() and is_own(extra, own):
             yield extra.name, extra
-        yield from weights_of(folder, variant)
+        for name, file in [(CONFIG, folder / CONFIG), *weights_of(folder, variant)]:
+            if not is_own(file, own) and not _is_of_model(file):
+                what = "is a link to a file of no model, which would be copied; remove it"
+                raise ValueError(f"{file}: {what}")
+            yield name, file
         return
     for file in sorted(folder.iterdir()):
         wanted = file.suffix in TOKENIZER_FILES and not file.name.startswith(".")
-        if wanted and file.is_file() and _inside(file, folder):
+        usual = TOKENIZERS_OWN.fullmatch(file.name) and is_own(file, folder.resolve())
+        if wanted and file.is_file() and (is_own(file, own) or usual):
             yield file.name, file
+
+
+def _is_of_model(file: Path) -> bool:
+    """Whether this is the configuration of a network, or a file of weights, by its content."""
+    try:
+        if file.suffix == ".json":
+            settings = mapping_of(file)
+            return not NETWORKS_OWN.isdisjoint(settings) or "weight_map" in settings
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                return bool(opened.keys())
+        with zipfile.ZipFile(file) as archive:  # as torch writes them
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception:  # a file of another kind raises nearly anything
+        return False
 
 
 def weights_of(folder: Path, variant: str | None = None) -> list[tuple[str, Path]]:
@@ -122,15 +179,3 @@ def _variants(folder: Path) -> list[str]:
     """The variants of the weights: the middle of `model.ema.safetensors`."""
     names = (file.name.split(".") for file in sorted(folder.iterdir()) if file.suffix in WEIGHTS)
     return [name[1] for name in names if len(name) == 3 and name[0] in STEMS]
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    """Whether a file is in this folder, links resolved, or in the blob store of the hub's cache.
-
-    A link in a downloaded folder may point anywhere. Weights and configurations are read through
-    links all the same.
-    """
-    place = file.resolve()
-    kept = [parent for parent in folder.absolute().parents if parent.name == "snapshots"]
-    store = [parent.with_name("blobs") for parent in kept]
-    return any(place.is_relative_to(root.resolve()) for root in (folder, *store))

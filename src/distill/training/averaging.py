@@ -126,8 +126,10 @@ class GradientAverage:
                 self._hooked.add(parameter)
                 parameter.register_post_accumulate_grad_hook(self._on_gradient)
         if exact:
-            for parameter in reversed(parameters):
-                self._place.setdefault(parameter, len(self._place))
+            # About the order of a backward pass. That of earlier updates would not survive a
+            # resume, and the order of a sum over three or more ranks is seen in its last bits.
+            self._plan(list(reversed(parameters)))
+            return
         used = [p for p in parameters if p in self._place]
         self._plan(sorted(used, key=self._place.__getitem__))
 
@@ -198,22 +200,38 @@ class GradientAverage:
         return [parameters[i] for i in sorted(found, key=ordered.__getitem__)]
 
 
-def start_averaging(method: Any, player: nn.Module, draws: Sequence[Any] | None = None) -> None:
-    """Average a player's gradients from the next backward pass on, where the strategy has ranks.
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of `values` over all ranks, in place.
+
+    Lightning's `reduce` starts with a barrier, where the host waits for all that a GPU has queued.
+    """
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())
+
+
+def start_averaging(
+    method: Any, networks: Sequence[nn.Module], draws: Sequence[Any] | None = None
+) -> None:
+    """Average the gradients of networks from the next backward pass on, where the strategy has
+    ranks.
 
     `draws` are those of the discriminator's micro-batches: of heads that an iteration draws from a
-    pool, only those that ran have a gradient. Where each rank may have run others, nothing starts,
-    and the ranks ask each other after the backward pass.
+    pool, only those that ran have a gradient. Where each rank may have run others, or other
+    networks learn too, nothing starts, and the ranks ask each other after the backward pass.
     """
     start = getattr(method.trainer.strategy, "start_averaging", None)
     if start is None:
         return
     critics = [] if draws is None else [getattr(drawn, "critic", None) for drawn in draws]
     if all(critic is method.heads for critic in critics):
-        start([p for p in player.parameters() if p.requires_grad])
-    elif method.same_heads and all(hasattr(critic, "used_parameters") for critic in critics):
-        used = [p for critic in critics for p in critic.used_parameters()]
-        start(list(dict.fromkeys(used)), exact=True)
+        start([p for network in networks for p in network.parameters() if p.requires_grad])
+    elif (
+        len(networks) == 1
+        and method.same_heads
+        and all(hasattr(critic, "used_parameters") for critic in critics)
+    ):
+        used = {p for critic in critics for p in critic.used_parameters()}
+        start([p for p in networks[0].parameters() if p in used], exact=True)
 
 
 def _chunks(parameters: Sequence[nn.Parameter], limit: float) -> Iterator[list[nn.Parameter]]:

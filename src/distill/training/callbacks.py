@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from distill.core.limits import at_once
 from distill.core.tensors import full_tensor
-from distill.core.types import EMBEDDED, Cond, mask_is_ones
+from distill.core.types import EMBEDDED, FILL, Cond, mask_is_ones
 from distill.data.lines import Lines
 from distill.machine.hardware import autocast
 from distill.methods.base import Distillation
 from distill.sampling import Consistency, check_finite, seeded
+from distill.sampling.guided import Guided
 from distill.storage.atomic import write_atomic
 from distill.storage.pictures import grid_of, write_png
 from distill.terminal.progress import Bar
 from distill.training.beside import BackgroundWriter
+from distill.training.trackers import logged
 
 log = logging.getLogger("distill.health")
 ALARMS = "alarms.jsonl"  # in the folder of the run
-SHOWN_LOSSES = ("g/adv", "g/regression", "g/consistency", "d/adv", "d/real", "d/fake")
+TEACHER_STEPS = 28  # ours, as in distill.synthesize: of students that keep their teacher's steps
+SHOWN_LOSSES = ("g/adv", "g/regression", "g/consistency", "g/dpo", "d/adv", "d/real", "d/fake")
 PROMPTS_KEY = "callbacks.samples.prompts"
 MAX_COPIED = 2**26  # ours: values copied to measure an update, 256 MiB in float32
 CRITIC_STATS = ("d/accuracy", "d/real", "d/fake")
@@ -200,6 +204,7 @@ class Samples(L.Callback):
     Args:
         prompts: a list, or a text file with one prompt a line; None: captions of evenly spaced
             samples of the data.
+        column: of prompts in a table.
         count: number of prompts; None: 16, fewer for pictures above 512x512, but at least 4.
     """
 
@@ -208,18 +213,22 @@ class Samples(L.Callback):
         every: int = 100,
         prompts: str | Sequence[str] | None = None,
         count: int | None = None,
+        column: str | None = None,
     ):
         self.every, self.count = every, count
         self.writer: BackgroundWriter | None = None  # None: training waits for the files
         named = isinstance(prompts, str)
-        self.prompts = Lines(prompts, PROMPTS_KEY).lines if named else list(prompts or ())
+        self.prompts = Lines(prompts, PROMPTS_KEY, column).lines if named else list(prompts or ())
         self._cond: Cond | None = None  # of the prompts, on the CPU
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         self.folder = Path(trainer.default_root_dir) / "samples"
-        self.sides = pl_module.teacher.sides_of(pl_module.teacher.latent_shape)
+        height, width = pl_module.teacher.sides_of(pl_module.teacher.latent_shape)
+        self.sides = (height, width * getattr(pl_module.teacher, "frames", 1))
         if not self.prompts:
             self._prompts_from_data(trainer.train_dataloader.dataset, pl_module.teacher)
+        if pl_module.teacher.image_channels:
+            self._images_from_data(trainer.train_dataloader, pl_module.teacher)
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             write_atomic(self.folder / "captions.txt", ("\n".join(self.prompts) + "\n").encode())
@@ -243,6 +252,21 @@ class Samples(L.Callback):
         if cached:
             known = {"null": teacher.embed([""]).null.to("cpu"), "all_ones": mask_is_ones(cached)}
             self._cond = Cond(**cached, **known)
+
+    @torch.no_grad()
+    def _images_from_data(self, loader: Any, teacher: Any) -> None:
+        """Take what the teacher reads beside a sample from as many pictures of the data, and their
+        masks from the places of the order that they would have as the first ones.
+        """
+        items = loader.dataset.some(len(self.prompts))
+        self.prompts = self.prompts[: len(items)]
+        pictures = [name for name in ("pixels", "source", "image") if name in items[0]]
+        batch = {n: torch.stack([item[n] for item in items]).to(teacher.device) for n in pictures}
+        if loader.masks is not None:
+            drawn = loader.masks(0, range(len(items)), batch["pixels"].shape[-2:])
+            batch[FILL] = drawn.to(teacher.device)
+        cond = self._cond or teacher.embed(self.prompts)
+        self._cond = replace(cond.index(slice(len(items))), image=teacher.image_of(batch)).to("cpu")
 
     @torch.no_grad()
     def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
@@ -273,6 +297,7 @@ class Samples(L.Callback):
                 log.warning("step %d: %s", pl_module.step, error)
             return str(error)
         grid = grid_of((images + 1) / 2, nrow=8)
+        logged.picture(trainer.loggers, "samples", grid, pl_module.step)
         if self.writer is None:
             write_png(grid, path)
         else:
@@ -284,9 +309,11 @@ class Samples(L.Callback):
         teacher = pl_module.teacher
         assert self._cond is not None
         cond = self._cond.index(indices).to(teacher.device)
-        how = {"shape": teacher.latent_shape, "steps": 1}
+        many = pl_module.many_steps
+        sampler = Guided() if many else Consistency()
+        how = {"shape": teacher.latent_shape, "steps": TEACHER_STEPS if many else 1}
         with autocast(str(trainer.precision), teacher.device.type):
-            return Consistency()(pl_module.student, cond, seeded(indices.tolist()), **how)
+            return sampler(pl_module.student, cond, seeded(indices.tolist()), **how)
 
 
 def default_count(height: int, width: int) -> int:

@@ -23,7 +23,7 @@ SHARE = 0.25  # ours: the share of the available memory that embeddings may take
 def embed_before(data: Any, method: Distillation) -> None:
     """Have data with `embed_once` embed their captions before the first batch is read."""
     if isinstance(data, LatentShards) and data.embed_once:
-        data.embedder = partial(_embed, method)
+        data.embed_by(partial(_embed, method))
 
 
 def _embed(method: Distillation, data: LatentShards, size: int) -> None:
@@ -36,33 +36,45 @@ def _embed(method: Distillation, data: LatentShards, size: int) -> None:
         return
     trainer, loop = method.trainer, cast(Any, method.loop)
     read = trainer.max_steps * loop.settings.accumulate * size * trainer.world_size
-    if read < USES * len(data):
+    if 0 <= read < USES * len(data):  # below 0: the steps have no end
         return
-    captions = data.captions()
+    here = trainer.world_size // trainer.num_nodes
     with trainer.precision_plugin.train_step_context(), stage("embedding the captions"):
-        rows = embedded(method.teacher, captions, size)
+        captions = data.captions()
+        rows = embedded(method.teacher, captions, size, ranks=here)
     if rows is not None:
         data.add_embeddings(captions, rows)
+        if hasattr(method.teacher, "release"):
+            method.teacher.release()  # text encoders that were loaded for this alone
 
 
 @torch.no_grad()
-def embedded(teacher: Any, captions: list[str], size: int) -> dict[str, Tensor] | None:
+def embedded(
+    teacher: Any, captions: list[str], size: int, *, ranks: int = 1
+) -> dict[str, Tensor] | None:
     """The tensors of the captions' Cond on the CPU, rows [N, ...], embedded `size` at a time.
 
-    None if they would take more than SHARE of the available memory. The last batch is filled with
-    the first captions: arithmetic may depend on the size of a batch.
+    None if they would take more than SHARE of the available memory, of which each of the `ranks` of
+    this machine has a part. The last batch is filled with the first captions: arithmetic may depend
+    on the size of a batch.
     """
-    parts: list[dict[str, Tensor]] = []
+    rows: dict[str, Tensor] = {}
     for start in range(0, len(captions), size):
         batch = captions[start : start + size]
         filled = [*batch, *(captions * size)[: size - len(batch)]]
         tensors = teacher.embed(filled).tensors()
-        parts.append({name: x[: len(batch)].cpu() for name, x in tensors.items()})
-        if start == 0:
-            each = sum(x[0].nbytes for x in tensors.values())
-            needed = each * len(captions)
+        if not rows:
+            needed = ranks * len(captions) * sum(x[0].nbytes for x in tensors.values())
             if needed > SHARE * memory_available():
                 what = "captions are embedded in every step: those of the data would take"
                 log.warning("data.embed_once: %s %s of memory", what, format_bytes(needed))
                 return None
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            rows = {name: _rows_like(x, len(captions)) for name, x in tensors.items()}
+        for name, x in tensors.items():
+            rows[name][start : start + len(batch)] = x[: len(batch)]
+    return rows
+
+
+def _rows_like(x: Tensor, count: int) -> Tensor:
+    """Room on the CPU for `count` rows of x. Filled in place, rows exist only once."""
+    return torch.empty((count, *x.shape[1:]), dtype=x.dtype)

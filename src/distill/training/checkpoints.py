@@ -135,6 +135,8 @@ class Checkpoints(L.Callback):
             if hasattr(logger, "resume_at"):  # rows after the checkpoint are logged again
                 logger.resume_at(pl_module.step, pl_module.loop.iteration)
         self._loop = pl_module.loop
+        # Of an earlier fit, and before the handlers: a signal from here on counts.
+        self.stopped_by, self._loop.own_signal, self._loop.signalled = None, 0, False
         self._handlers = set_handlers(self._on_signal)
 
     def _move_later_files(self, step: int) -> None:

@@ -41,19 +41,34 @@ class _Guard:
             self.failed, self.has_logged = 0, True
         return result
 
+    def offer(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call something beside the rows, such as a picture; a failure is only a warning."""
+        if self.failed >= MAX_FAILURES:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # a tracker may raise anything
+            self._warn(error)
+
     def _report(self, error: Exception) -> None:
-        said = f"{self.name} cannot log ({type(error).__name__}: {first_line(error, 200)})"
         if not self.has_logged:
-            raise OSError(f"{said}; repair it, or leave it out as ~logger.<its name>") from error
+            what = f"{self._said(error)}; repair it, or leave it out as ~logger.<its name>"
+            raise OSError(what) from error
+        self._warn(error)
+
+    def _said(self, error: Exception) -> str:
+        return f"{self.name} cannot log ({type(error).__name__}: {first_line(error, 200)})"
+
+    def _warn(self, error: Exception) -> None:
         self.failed += 1
         if self.failed in (1, MAX_FAILURES):
             more = "it is no longer called" if self.failed == MAX_FAILURES else "the run continues"
-            log.warning("%s; %s, and metrics.csv has every row", said, more)
+            log.warning("%s; %s, and metrics.csv has every row", self._said(error), more)
 
 
 def guarded(logger: Logger) -> Logger:
     """The same logger, whose failures after the first row are warnings."""
-    guard = _Guard(logger)
+    guard = logger.guard = _Guard(logger)  # `trackers.logged` offers pictures by it
     for name in CALLS:
         method = getattr(logger, name)
         setattr(logger, name, functools.wraps(method)(functools.partial(guard.call, method)))

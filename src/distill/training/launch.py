@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config.compose import world_size
-from distill.data.shards import shards_in
+from distill.data.named import shards_in
 from distill.machine import signals
 from distill.machine.faults import RERUN, RESTART
 from distill.machine.hardware import cores

@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from distill.config.compose import make
+from distill.config.compose import make, to_yaml
+from distill.terminal.secret import masked_tree
 from distill.training.csv_logger import CsvLog
 from distill.training.guarded_loggers import guarded
+from distill.training.trackers import checks, logged
 
 # Class -> its argument for the id of a tracker's run, which its `version` returns.
 CONTINUED = {
     "CometLogger": "experiment_key",
     "MLFlowLogger": "run_id",
+    "Mlflow": "run_id",
     "TensorBoardLogger": "version",
+    "Trackio": "run",
+    "Wandb": "id",
     "WandbLogger": "id",
 }
 PURGING = "TensorBoardLogger"
@@ -36,6 +41,21 @@ def made(
     """
     nodes = (cfg.get("logger") or {}).items()
     return {str(k): _made(str(k), node, folder, known or {}, step) for k, node in nodes if node}
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ValueError, naming the key, for a tracker without its package, login or network."""
+    nodes = OmegaConf.to_container(cfg.get("logger") or OmegaConf.create({}), resolve=True)
+    checks.check({str(k): node for k, node in nodes.items() if node})
+
+
+def begin(cfg: DictConfig, loggers: Mapping[str, Any], known: Mapping[str, Any] | None) -> None:
+    """Begin the trackers' runs with the configuration of this run, in process 0.
+
+    `known` are ids from a checkpoint, as for `made`. Raises ValueError, naming the key.
+    """
+    tree = masked_tree(OmegaConf.to_container(cfg, resolve=True))
+    logged.begin(loggers, tree, to_yaml(cfg).decode(), known or {})
 
 
 def _made(

@@ -1,5 +1,8 @@
 """The training loop of two players: phases, accumulation, clipping, counters. All methods use it.
 
+The student's opponents learn in the discriminator phase, by one backward pass: the heads, and in
+DMD2 a fake score with an optimiser of its own.
+
 One iteration: draw all random numbers -> the student's sample and its features, with graph ->
 discriminator phase on the detached features -> student phase on the same features -> EMA -> refresh
 of the heads. A *step* is one update of the student; `max_steps`, schedules, EMA and logs count
@@ -12,13 +15,15 @@ Nothing here waits for a device. The values of an iteration, and whether its upd
 are read in the next one, before its own updates (`settle`). Until then the update counts as
 applied: what is drawn in the next iteration takes it so. On a CPU they are read at once.
 
-In logs `g/` is the generator, that is the student, and `d/` is the discriminator.
+In logs `g/` is the generator, that is the student, `d/` is the discriminator, and `f/` is the
+fake score.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,12 +35,15 @@ from distill.core.ema import Ema
 from distill.core.limits import after_divergence
 from distill.core.randomness import Streams
 from distill.core.types import Batch, Losses
-from distill.training.averaging import start_averaging
+from distill.training import optimizers as kinds
+from distill.training.averaging import mean_over_ranks, start_averaging
 from distill.training.loop_settings import LoopSettings, Optimizers
+from distill.training.optimizers.on_host import OnHost
 from distill.training.updates import Applied, Row, refresh_heads, step_if_finite
 
 MicroBatch = tuple[Batch, Any]  # a batch, and the random numbers that its method drew for it
 Listener = Callable[[dict[str, float], int, bool], None]  # values, step, whether it was an update
+OPTIMIZER_OF = {"g": "student", "d": "discriminator", "f": "fake_score"}  # of each player
 log = logging.getLogger("distill.training")
 
 
@@ -59,7 +67,10 @@ class TwoPlayerLoop:
         self.listeners: list[Listener] = []  # called with every row that is read
         self.current: dict[str, Tensor | float] = {}  # values of this iteration, so far
         self.own_signal = 0  # number of the signal that this process has received
-        self.signalled = False  # whether a process has, as all know from the last row
+        # Whether a process has, by the last row that all have read for certain: one rank alone may
+        # have read a newer one, and all must act on the news in the same iteration.
+        self.signalled = False
+        self._news = False  # by the last row that this rank has read
         self._ema: Ema  # of the student
         self._waiting: tuple[Any, Row] | None = None  # the method and what is still to be read
         self._ahead = 0  # skipped updates that the draws of the next iteration still count
@@ -80,7 +91,7 @@ class TwoPlayerLoop:
 
     def start_ema(self, student: nn.Module) -> None:
         """Start a new EMA from the present weights."""
-        self._ema = Ema(student, decay=self.settings.ema_decay)
+        self._ema = Ema(student, self.settings.ema_decay, device=self.settings.ema_device)
 
     def due(self, every: int, last: int | None = None) -> bool:
         """Whether the last iteration made an update whose number is `last` or divisible by `every`.
@@ -110,7 +121,9 @@ class TwoPlayerLoop:
         place = self._position(method, len(self._pending))
         key = (self.seed, self.iteration, place, randomness.TEACHER_SAMPLES)
         generator = randomness.generator(*key, device=method.device)
-        return cast(Batch, method.prepare_batch(batch, generator))
+        # One size an iteration, on every rank, as batches of buckets have.
+        common = randomness.common(self.seed, self.iteration, "cpu", "bucket")
+        return cast(Batch, method.prepare_batch(batch, generator, common))
 
     # -- an iteration ------------------------------------------------------------------------------
 
@@ -128,14 +141,16 @@ class TwoPlayerLoop:
         ]
         applied = self._update_players(method, micro_batches, in_head_start)
         self.updated = not in_head_start
-        strategy = method.trainer.strategy if method.trainer.world_size > 1 else None
-        about = {"step": self.step, "updated": self.updated}
-        row = Row.of(self.current, applied, strategy, self.own_signal, **about)
+        self.signalled = self._news
+        average = mean_over_ranks if method.trainer.world_size > 1 else None
+        about = {"step": self.step, "updated": self.updated, "device": method.device}
+        row = Row.of(self.current, applied, average=average, signal=self.own_signal, **about)
         self._waiting = (method, row)
         self.iteration += 1
         self.images_seen += sum(len(b) for b in batches) * method.trainer.world_size
         if row.is_known_bad or not row.late or 0 < method.trainer.max_steps <= self.step:
             self.settle()
+            self.signalled = self._news
 
     def settle(self) -> None:
         """Read what is still to be read of the last iteration: count its update, move the average,
@@ -144,14 +159,15 @@ class TwoPlayerLoop:
         if self._waiting is None:
             return
         (method, row), self._waiting = self._waiting, None
-        values, applied, self.signalled = row.read()
+        values, applied, self._news = row.read()
         if row.updated and not applied[-1]:
             self.skipped, self.updated = self.skipped + 1, False
             if row.is_assumed:
                 self._ahead = 1
                 _uncount(method.trainer)
         elif row.updated:
-            self._ema.update(row.step)
+            optimizer = self.optimizers_of(method)[0].optimizer
+            self._ema.update(row.step, kinds.evaluated(optimizer))
         self._bad_in_a_row = 0 if all(applied) else self._bad_in_a_row + 1
         for player, is_applied in zip(row.players, applied, strict=True):
             if not is_applied and method.global_rank == 0:  # the same on all ranks
@@ -173,15 +189,15 @@ class TwoPlayerLoop:
             with torch.set_grad_enabled(not in_head_start):
                 phase = "discriminator" if in_head_start else "both"
                 samples = [method.student_sample(*micro_batches[0], phase)]
-        student_optimizer, *head_optimizers = self.optimizers_of(method)
-        updates = range(self.settings.discriminator_updates if head_optimizers else 0)
+        student_optimizer, *optimizers = self.optimizers_of(method)
+        updates = range(self.settings.discriminator_updates if optimizers else 0)
         applied: list[tuple[str, Applied]] = []
         for update in updates:
-            more = (micro_batches, samples, head_optimizers[0], update)
-            applied.append(("d", self.update_discriminator(method, *more)))
+            more = (micro_batches, samples, optimizers, update)
+            applied += self.update_discriminator(method, *more)
         # Gradients are released at once. Until the next update they would only take memory, through
         # the peak of the activations.
-        for optimizer in head_optimizers:
+        for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not in_head_start:
             updated = self.update_student(method, micro_batches, samples, student_optimizer)
@@ -194,40 +210,51 @@ class TwoPlayerLoop:
         method: Any,
         micro_batches: list[MicroBatch],
         samples: list[Any],
-        optimizer: Any,
+        optimizers: Sequence[Any],
         update: int,
-    ) -> Applied:
+    ) -> list[tuple[str, Applied]]:
+        """The opponents of the student, and whether the update of each was applied."""
         self.current = {}  # of several updates the last one is logged
-        method.heads.requires_grad_(True)
-        optimizer.zero_grad(set_to_none=True)
+        opponents = method.opponents
+        for network, optimizer in zip(opponents.values(), optimizers, strict=True):
+            network.requires_grad_(True)
+            optimizer.zero_grad(set_to_none=True)
         for batch, draws in micro_batches:
             with torch.no_grad():
                 again = None if samples else method.student_sample(batch, draws, "discriminator")
             sample = samples[0] if samples else again
             losses = method.discriminator_loss(batch, draws, sample, update)
             if losses.terms and batch is micro_batches[-1][0]:
-                start_averaging(method, method.heads, [drawn for _, drawn in micro_batches])
+                drawn = [draws for _, draws in micro_batches]
+                start_averaging(method, list(opponents.values()), drawn)
             self.backward(method, "d", losses)
-        limit = self.settings.clip_discriminator
-        return self.clip_and_step(method, "d", method.heads, optimizer, limit)
+        limit, pairs = self.settings.clip_discriminator, zip(opponents, optimizers, strict=True)
+        self.average_gradients(method, list(opponents.values()))
+        return [
+            (name, self.clip_and_step(method, name, opponents[name], optimizer, limit))
+            for name, optimizer in pairs
+        ]
 
     def update_student(
         self, method: Any, micro_batches: list[MicroBatch], samples: list[Any], optimizer: Any
     ) -> Applied:
-        # skips weight gradients of the heads, which are not needed
-        method.heads.requires_grad_(False)
+        opponents = method.opponents.values()
+        for network in opponents:  # skips their weight gradients, which are not needed
+            network.requires_grad_(False)
         optimizer.zero_grad(set_to_none=True)
         for batch, draws in micro_batches:
             sample = samples[0] if samples else method.student_sample(batch, draws, "student")
             losses = method.student_loss(batch, draws, sample)
             if losses.terms and batch is micro_batches[-1][0]:
-                start_averaging(method, method.student)
+                start_averaging(method, [method.student])
             self.backward(method, "g", losses)
         limit = self.settings.clip_student
+        self.average_gradients(method, [method.student])
         updated = self.clip_and_step(method, "g", method.student, optimizer, limit)
-        method.heads.requires_grad_(True)
+        for network in opponents:
+            network.requires_grad_(True)
         if method.has_discriminator:
-            _, head_optimizer = self.optimizers_of(method)
+            _, head_optimizer, *_ = self.optimizers_of(method)
             generator = randomness.common(self.seed, self.iteration, method.device, "refresh")
             refresh_heads(method.heads, generator, head_optimizer.optimizer, updated)
         return updated
@@ -246,33 +273,34 @@ class TwoPlayerLoop:
             key = f"{player}/{name}"
             self.current[key] = self.current.get(key, 0.0) + value.detach() / count
 
+    def average_gradients(self, method: Any, networks: Sequence[nn.Module]) -> None:
+        """Average gradients over ranks, of all networks that learned in one backward pass."""
+        self.settle()  # the work of this iteration is queued, so waiting for the last one is free
+        self._ahead = 0
+        average = getattr(method.trainer.strategy, "average_gradients", None)
+        if average:
+            average([p for network in networks for p in network.parameters() if p.requires_grad])
+
     def clip_and_step(
         self, method: Any, player: str, module: nn.Module, optimizer: Any, limit: float
     ) -> Applied:
-        """Average gradients over ranks, clip, step. If the gradient is not finite, no rank is
-        updated.
-        """
-        self.settle()  # the work of this iteration is queued, so waiting for the last one is free
-        self._ahead = 0
+        """Clip averaged gradients, and step. If the gradient is not finite, no rank is updated."""
         parameters = [p for p in module.parameters() if p.requires_grad]
-        average_gradients = getattr(method.trainer.strategy, "average_gradients", None)
-        if average_gradients:
-            average_gradients(parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # The discriminator's warm-up counts iterations, however many updates one has.
-        updates = self.iteration if player == "d" else self.step
+        # An opponent's warm-up counts iterations, however many updates one has.
+        updates = self.step if player == "g" else self.iteration
         share = self.settings.rate(self.step, method.trainer.max_steps, updates)
         self.current[f"{player}/grad_norm"] = norm
         self.current[f"{player}/lr"] = optimizer.param_groups[0]["initial_lr"] * share
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * share
+            kinds.set_rate(group, group["initial_lr"] * share)
         return step_if_finite(optimizer, parameters, norm, limit)
 
     def _stop_diverged(self, method: Any) -> None:
         count, trainer = self._bad_in_a_row, method.trainer
-        players = ["student", "discriminator"] if method.has_discriminator else ["student"]
-        rates = [f"optimizer.{player}.lr" for player in players]
+        players = ("g", *method.opponents)
+        rates = [f"optimizer.{OPTIMIZER_OF[player]}.lr" for player in players]
         folder, precision = Path(trainer.default_root_dir), str(trainer.precision)
         advice = after_divergence(folder, precision, rates)
         what = f"{count} iterations in a row had a gradient that is not finite"
@@ -296,14 +324,21 @@ class TwoPlayerLoop:
     # -- optimisers --------------------------------------------------------------------------------
 
     def optimizers(self, method: Any) -> list[torch.optim.Optimizer]:
-        """The student's optimiser, and that of the heads where there are any."""
-        made = [self.factories.student(method.student.parameters())]
-        if method.has_discriminator:
-            made.append(self.factories.discriminator(method.heads.parameters()))
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in made]
+        """The student's optimiser, and those of its opponents. Raises ValueError for a fake score
+        without one.
+        """
+        made = []
+        for player, network in {"g": method.student, **method.opponents}.items():
+            factory = getattr(self.factories, OPTIMIZER_OF[player])
+            if factory is None:
+                what = "this method trains a fake score; give it an optimiser"
+                raise ValueError(f"optimizer.{OPTIMIZER_OF[player]}: {what}")
+            build = partial(OnHost, factory) if self.settings.optimizer_device else factory
+            made.append(build(network.parameters()))
+        self._peaks = [[float(group["lr"]) for group in each.param_groups] for each in made]
+        for optimizer, peaks in zip(made, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["initial_lr"] = peak
         return made
 
     def on_train_start(self, method: Any) -> None:
@@ -320,10 +355,10 @@ class TwoPlayerLoop:
         issue is closed.
         """
         found, profiler = method.optimizers(), method.trainer.profiler
-        wrapped: list[Any] = found if method.has_discriminator else [found]
-        for head_optimizer in wrapped[1:]:
-            head_optimizer._on_before_step = lambda: profiler.start("optimizer_step")
-            head_optimizer._on_after_step = lambda: profiler.stop("optimizer_step")
+        wrapped: list[Any] = found if method.opponents else [found]
+        for optimizer in wrapped[1:]:
+            optimizer._on_before_step = lambda: profiler.start("optimizer_step")
+            optimizer._on_after_step = lambda: profiler.stop("optimizer_step")
         return wrapped
 
     def _position(self, method: Any, micro: int) -> int:

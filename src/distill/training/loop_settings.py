@@ -1,6 +1,4 @@
-"""Settings of the training loop: optimisers, learning learning rates over the steps, numbers of
-updates.
-"""
+"""Settings of the training loop: optimisers, learning rates over the steps, numbers of updates."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,10 +13,13 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizers:
-    """Factories of two optimisers: for the student, and for the discriminator's heads."""
+    """Factories of optimisers: for the student, for the discriminator's heads, and for the fake
+    score of a method that trains one.
+    """
 
     student: OptimizerFactory
     discriminator: OptimizerFactory
+    fake_score: OptimizerFactory | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,15 @@ class LoopSettings:
             the discriminator.
         schedule: learning rates after the warm-up. A cosine falls to `final_rate` times the peak.
         final_rate: share of the peak at the last step of a cosine.
-        clip_student, clip_discriminator: largest norm of the gradient.
+        clip_student, clip_discriminator: largest norm of the gradient; the latter for the heads
+            and for a fake score, each by its own norm.
         discriminator_updates: updates of the discriminator for each update of the student.
         head_start: iterations before step 0 that train the discriminator only.
         accumulate: micro-batches per update.
         ema_decay: decay of the student's EMA.
+        ema_device: cpu keeps the EMA there; null: where the student is.
+        optimizer_device: cpu keeps the optimisers' state there, and steps there; null: where the
+            weights are.
         stop_after_bad: training stops after so many iterations in a row with a gradient that is not
             finite.
 
@@ -51,11 +56,16 @@ class LoopSettings:
     head_start: int = 0
     accumulate: int = 1
     ema_decay: float = 0.999
+    ema_device: Literal["cpu"] | None = None
+    optimizer_device: Literal["cpu"] | None = None
     stop_after_bad: int = 20
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"loop.schedule={self.schedule}: must be constant or cosine")
+        for name in ("ema_device", "optimizer_device"):
+            if getattr(self, name) not in ("cpu", None):
+                raise ValueError(f"loop.{name}={getattr(self, name)}: must be cpu or null")
         for name in ("discriminator_updates", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}={getattr(self, name)}: must be at least 1")

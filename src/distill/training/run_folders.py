@@ -19,6 +19,11 @@ SIGNATURES = {
     "compare.md": b"|  | steps | runs |",
     "compare.csv": b"group,run,seed,",
     "compare.html": PAGE,
+    "wins.md": b"| judge | model | against |",
+    "wins.csv": b"judge,measure,model,against,",
+    "wins.json": b'"verdicts"',
+    "votes.html": PAGE,
+    "votes_key.json": b'{"page": "',
     "evaluation.json": b'"protocol"',
     "report.html": PAGE,
 }

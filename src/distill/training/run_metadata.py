@@ -99,6 +99,11 @@ class RunMetadata:
             return None
         return round(self.facts["train_seconds"] + time.time() - self.facts["began"], 1)
 
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds, of work beside training, out of the training's."""
+        if "began" in self.facts:
+            self._write(began=self.facts["began"] + seconds)
+
     def record_training(self, method: Any) -> None:
         """Write step counts, and the seconds of training, summed over resumptions."""
         seconds = self.train_seconds()

@@ -55,7 +55,7 @@ def units(module: nn.Module) -> Iterator[nn.Module]:
     name none, such as heads, they are the items of the outermost module lists and dictionaries.
     """
     names = getattr(module, "_no_split_modules", None)
-    return _whole_blocks(module, set(names)) if names else _items(module)
+    return _whole_blocks(module, set(names)) if names else listed_modules(module)
 
 
 def _whole_blocks(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
@@ -65,10 +65,11 @@ def _whole_blocks(module: nn.Module, names: set[str]) -> Iterator[nn.Module]:
         yield from [child] if listed and not inner else inner
 
 
-def _items(module: nn.Module) -> Iterator[nn.Module]:
+def listed_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Items of the outermost lists and dictionaries of modules."""
     for child in module.children():
         listed = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        yield from child.children() if listed else _items(child)
+        yield from child.children() if listed else listed_modules(child)
 
 
 class _FirstPass:

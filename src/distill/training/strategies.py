@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from distill.core.limits import check_reduction
+from distill.core.limits import check_reduction, check_replicas
 from distill.core.tensors import gather, like, local_shards
 from distill.storage.atomic import replace_folder, temporary_path
 from distill.storage.checkpoint_files import read_checkpoint, write_checkpoint
@@ -82,6 +83,9 @@ class FullyShardedDataParallel(ModelParallelStrategy):
     Args:
         sharded_checkpoints: every rank writes its shards into a folder; False: one full file.
         reduce_dtype: of the gradients' sum over ranks, float32 or bfloat16.
+        replicas: groups of ranks that hold everything once each (HSDP). Weights are gathered inside
+            a group, and gradients are summed between groups. Ranks of a group are neighbours, so
+            with as many replicas as nodes nothing is gathered over the network.
     """
 
     def __init__(
@@ -89,21 +93,39 @@ class FullyShardedDataParallel(ModelParallelStrategy):
         *,
         sharded_checkpoints: bool = False,
         reduce_dtype: ReduceDtype = "float32",
+        replicas: int = 1,
         process_group_backend: str | None = None,
     ):
         check_reduction(reduce_dtype)
+        check_replicas(replicas)
         super().__init__(
             data_parallel_size="auto",
             tensor_parallel_size=1,
             process_group_backend=process_group_backend,
         )
         self._sharded_checkpoints, self._reduce_dtype = sharded_checkpoints, reduce_dtype
+        self._replicas = replicas
         self._whole: set[nn.Parameter] = set()  # trained parameters that are not sharded
 
     def setup_environment(self) -> None:
         # Lightning's own "auto" would give all ranks the same data.
         self._data_parallel_size = self.num_processes * self.num_nodes
+        check_replicas(self._replicas, self._data_parallel_size)
         super().setup_environment()
+
+    @property
+    def _shards(self) -> int:
+        """The ranks that hold everything once."""
+        return self.world_size // self._replicas
+
+    @cached_property
+    def _mesh(self) -> Any:
+        """Of the ranks: [ranks], or with replicas [replicas, ranks of each]."""
+        if self._replicas == 1:
+            return self.device_mesh["data_parallel"]
+        names = ("replicas", "shards")
+        shape = (self._replicas, self._shards)
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def shard(
         self,
@@ -121,7 +143,7 @@ class FullyShardedDataParallel(ModelParallelStrategy):
             reduce_dtype=getattr(torch, self._reduce_dtype),
             cast_forward_inputs=False,  # bfloat16 knows no step 999 of 1,000
         )
-        shard(module, self.device_mesh["data_parallel"], policy, unsharded)
+        shard(module, self._mesh, policy, unsharded)
 
     def setup_optimizers(self, trainer: Any) -> None:
         # Now, when no unit is gathered: gathered parameters look like those that are not sharded.
@@ -162,10 +184,11 @@ class FullyShardedDataParallel(ModelParallelStrategy):
             shard_folder = Path(
                 self.broadcast(str(temporary_path(path)))
             )  # of rank 0, for all ranks
-            write_checkpoint(
-                local_shards(checkpoint),
-                shard_folder / f"{self.global_rank:05d}_of_{self.world_size:05d}.pt",
-            )
+            replica, shard_rank = divmod(self.global_rank, self._shards)
+            # Replicas hold the same; each writes some, so that more machines write.
+            if replica == shard_rank % self._replicas:
+                part = f"{shard_rank:05d}_of_{self._shards:05d}.pt"
+                write_checkpoint(local_shards(checkpoint), shard_folder / part)
             self.barrier()
             if self.is_global_zero:
                 replace_folder(shard_folder, path)

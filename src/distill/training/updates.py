@@ -9,7 +9,7 @@ norm is read at every update, on a device too.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.transfers import Later, send
+from distill.training.optimizers import forget
 
 Applied = bool | Tensor
 """Whether an update was applied; a bool [] on the device where Python does not know it yet."""
@@ -47,22 +48,28 @@ def step_if_finite(
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    return norm.device.type != "cpu" and _is_fused_adam(optimizer)
+
+
+def _is_fused_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its kernel takes `found_inf`, and its whole state is on the device."""
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return norm.device.type != "cpu" and isinstance(optimizer, torch.optim.Adam) and fused
+    return isinstance(optimizer, torch.optim.Adam) and fused
 
 
 def refresh_heads(heads: Any, generator: torch.Generator, optimizer: Any, applied: Applied) -> None:
     """Re-initialise heads where they do so after an update that was applied, and clear their
     optimiser state.
     """
-    if isinstance(applied, Tensor) and "applied" not in inspect.signature(heads.refresh).parameters:
+    takes_flag = "applied" in inspect.signature(heads.refresh).parameters
+    if isinstance(applied, Tensor) and not (takes_flag and _is_fused_adam(optimizer)):
         applied = bool(applied)
     if not isinstance(applied, Tensor):
         for parameter in heads.refresh(generator) if applied else ():
-            optimizer.state.pop(parameter, None)
+            forget(optimizer, parameter)
         return
     for parameter in heads.refresh(generator, applied):
-        # Zeros are what a new state starts from.
+        # Zeros are what a new state of Adam starts from; that of other optimisers may not.
         for value in optimizer.state.get(parameter, {}).values():
             value.masked_fill_(applied, 0)
 
@@ -89,27 +96,27 @@ class Row:
         cls,
         current: dict[str, Tensor | float],
         applied: Sequence[tuple[str, Applied]],
-        strategy: Any,
+        device: torch.device,
+        average: Callable[[Tensor], Tensor] | None,
         signal: int,
         **more: Any,
     ) -> "Row":
-        """Queue the copies of the values, averaged over the ranks of a `strategy` of several.
+        """Queue the copies of the values, averaged over several ranks by `average`.
 
-        `signal` is that of this rank, 0 for none; see `Row.signalled`.
+        They are gathered on `device`, where the ranks can reduce them. `signal` is that of this
+        rank, 0 for none; `read` gives whether any rank has one.
         """
         tensors = {name: v for name, v in current.items() if isinstance(v, Tensor)}
         numbers = {name: v for name, v in current.items() if not isinstance(v, Tensor)}
         flags = [flag for _, flag in applied if isinstance(flag, Tensor)]
-        devices = [v.device for v in [*tensors.values(), *flags] if v.device.type != "cpu"]
-        device = devices[0] if devices else torch.device("cpu")
         every = [send(v.detach().to(torch.float32), device) for v in [*tensors.values(), *flags]]
         values = torch.stack([*every, torch.full((), float(signal > 0), device=device)])
-        if strategy is not None:
-            values = strategy.reduce(values, reduce_op="mean")
+        if average is not None:
+            values = average(values)
         rounded = torch.tensor(list(numbers.values()), dtype=torch.float32).tolist()
         return cls(
             players=[player for player, _ in applied],
-            late=bool(devices),
+            late=device.type != "cpu",
             _names=list(current),
             _numbers=dict(zip(numbers, rounded, strict=True)),
             _applied=[None if isinstance(flag, Tensor) else flag for _, flag in applied],

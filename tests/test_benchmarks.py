@@ -1,0 +1,88 @@
+"""Benchmarks leave nothing changed behind, and say in a sentence what a system lacks."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import psutil  # noqa: F401  # before a test takes `resource` away
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Runs a benchmark's file under a name, as `python benchmarks/...` would."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.delitem(sys.modules, "resident", raising=False)
+
+    def run(name: str, run_name: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / name)])
+        return runpy.run_path(str(BENCHMARKS / name), run_name=run_name)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["step_memory.py", "decoder_memory.py"])
+def test_a_system_without_a_peak_of_memory_is_named(name, benchmark, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        benchmark(name, "__main__")
+    what = "this system does not tell the peak of memory; use a GPU, Linux or macOS"
+    assert ended.value.code == f"{name}: {what}"
+
+
+def test_the_peak_of_memory_is_in_bytes_on_every_system(benchmark, monkeypatch):
+    resource = pytest.importorskip("resource")
+    peak = benchmark("resident.py", "resident")["peak"]
+    here = peak()
+    assert 2**26 < here < 2**42
+    monkeypatch.setattr(sys, "platform", "darwin")  # whose count is in bytes already
+    assert peak() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_waiting_undoes_what_it_set_if_the_training_fails(benchmark, monkeypatch):
+    import distill.run
+
+    modes: list[object] = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def fails() -> None:
+        assert modes[-1] == "warn"
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(distill.run, "main", fails)
+    count = benchmark("waiting.py", "waiting")["count"]
+    before = list(sys.argv)
+    with pytest.raises(RuntimeError, match="no memory"):
+        count(["method=ladd"])
+    assert (sys.argv, modes[-1]) == (before, 0)
+
+
+@pytest.mark.slow
+def test_the_page_on_scale_has_what_its_script_counts(benchmark, capsys):
+    benchmark("scale.py", "__main__")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 4 + 16
+    page = (BENCHMARKS.parent / "docs" / "scale.md").read_text(encoding="utf-8")
+    assert [line for line in lines if line not in page] == []
+
+
+def test_costs_of_scale_follow_from_bytes_and_links(benchmark):
+    """One rank communicates nothing; two replicas of one node gather as one node does."""
+    scale = benchmark("scale.py", "scale")
+    net = scale["Counted"](10**9, 1e12, 2**30, 10, 4096, 1024)
+    cost, layout = scale["cost"], scale["Layout"]
+    alone = cost(net, layout(1, 1), 0.5)
+    assert (alone.gathered, alone.reduced) == (0, 0)
+    assert alone.compute == pytest.approx(8 * 2 * 1e12 / (989e12 * 0.5))
+    one, two = cost(net, layout(8, 8), 0.5), cost(net, layout(16, 8), 0.5)
+    assert two.gathered == one.gathered == pytest.approx(5 * (7 / 8 * 2e9 / 450e9 + 7 * 5e-6 * 10))
+    between = 2 * 2 * 1e9 / 8 / 2 / 50e9 + 2 * 5e-6 * 10
+    assert two.reduced - one.reduced == pytest.approx(between)
+    assert two.weights == one.weights < alone.weights
