@@ -43,7 +43,8 @@ def test_parameters_are_counted_from_headers(tmp_path, teacher):
 
 
 def test_a_healthy_machine_gets_no_fail(command, pipelines):
-    code, out, _ = command("doctor", f"teacher.path={pipelines('mmdit')}")
+    code, out, err = command("doctor", f"teacher.path={pipelines('mmdit')}")
+    assert err == ""
     lines = out.splitlines()
     assert code == 0
     assert all(line.startswith(("ok ", "warn ")) for line in lines)

@@ -265,6 +265,7 @@ CLOSED = [
     *(("distill.run", "--cfg job", 0), ("distill.check", "data.path=nope", 1)),
     *(("distill.compare", "runs=nope", 1), ("distill.completion", "bash", 0)),
     pytest.param("distill.doctor", "teacher.path=nope", 1, marks=pytest.mark.slow),  # loads torch
+    pytest.param("distill.doctor", "", 0, marks=pytest.mark.slow),
     ("distill.demo", "run=./nope", 1),
 ]
 

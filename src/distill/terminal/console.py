@@ -29,6 +29,8 @@ from distill.terminal.secret import masked, without_registered
 from distill.terminal.shown import in_lines, printed, shown
 
 EARLY = 1000  # lines that are kept until the log file is known
+# Importing these where torchao is installed warns of its own future and of what we do not use.
+CHATTY = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 _lock = threading.RLock()
 
 
@@ -300,7 +302,7 @@ def record_output() -> Iterator[None]:
     factory = logging.getLogRecordFactory()
     logging.setLogRecordFactory(lambda *args, **keys: _escape_arguments(factory(*args, **keys)))
     try:
-        with _replaced(_log):
+        with _replaced(_log), _only_errors_of(CHATTY):
             try:
                 yield
             finally:
@@ -313,6 +315,19 @@ def record_output() -> Iterator[None]:
     finally:
         _log = before
         logging.setLogRecordFactory(factory)
+
+
+@contextmanager
+def _only_errors_of(names: tuple[str, ...]) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _escape_arguments(record: logging.LogRecord) -> logging.LogRecord:

@@ -19,7 +19,6 @@ the run.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import threading
 import time
@@ -267,14 +266,8 @@ def stage(what: str) -> Iterator[None]:
         yield
 
 
-# They warn where torchao is installed, of its own future and of what we do not use.
-CHATTY = ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-
-
 def importing(library: str) -> AbstractContextManager[None]:
     """The stage of importing a slow library; does nothing if it is imported already."""
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
     return nullcontext() if library in sys.modules else stage(f"importing {library}")
 
 

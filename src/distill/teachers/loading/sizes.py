@@ -94,7 +94,8 @@ def decoding(path: Path, side: int, dtype: str) -> int:
     kind = getattr(diffusers, name)
     precision = getattr(torch, dtype)
     with torch.device("meta"):
-        vae = kind.from_config(config).to(precision).eval()
+        # Not the model's own `to`: it warns of modules to keep in float32, even if there are none.
+        vae = torch.nn.Module.to(kind.from_config(config), precision).eval()
     if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
     channels = config.get("latent_channels") or config.get("z_dim") or 4
