@@ -8,13 +8,18 @@ import pickle
 import re
 import shutil
 import tarfile
+from contextlib import suppress
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import families
+import tiny
 from distill.config import compose, trust
 from distill.data.shards import Shards
+from distill.discriminators.images import ImageFeatures
+from distill.evaluation import networks
 from distill.storage import checkpoint_files
 
 HOSTILE = (
@@ -265,6 +270,81 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
     assert code == 1
     assert "tokenizer is code of 'evil', which this teacher does not read" in err
     assert not (tmp_path / "owned").exists()
+
+
+# -- code in the folder of a network ---------------------------------------------------------------
+
+
+def owns(folder, owned):
+    """Let every file of settings below the folder name code beside it, which makes `owned`."""
+    code = (
+        f"open({str(owned)!r}, 'w')\nfrom transformers import *\n"
+        "class Config(ViTConfig): model_type = 'evil'\n"
+        "class Model(ViTModel): config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    named = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    named |= {"AutoTokenizer": [None, "evil.Tokenizer"], "AutoImageProcessor": "evil.Config"}
+    new = {"tokenizer_class": "Evil", "image_processor_type": "Evil"}
+    for file in folder.rglob("*config.json"):
+        said = json.loads(file.read_text(encoding="utf-8"))
+        said |= {"auto_map": named} | {key: new[key] for key in new if key in said}
+        said |= {"model_type": "evil"} if file.name == "config.json" else {}
+        file.write_text(json.dumps(said), encoding="utf-8")
+        (file.parent / "evil.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def agreeing(monkeypatch):
+    """A terminal at which someone answers every question by yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+
+
+@pytest.mark.usefixtures("agreeing")
+@pytest.mark.parametrize("kind", ["features", "dinov2", "clip"])
+def test_a_feature_network_does_not_bring_code(kind, tmp_path, capsys):
+    import transformers
+
+    folder, owned = tmp_path / "network", tmp_path / "owned"
+    shutil.copytree(tiny.vit(), folder)
+    if kind == "clip":
+        families.clip(16)["tokenizer"].save_pretrained(folder)
+        transformers.CLIPImageProcessor().save_pretrained(folder)
+    owns(folder, owned)
+    load = {
+        "features": lambda: ImageFeatures(str(folder), size=tiny.SIDE),
+        "dinov2": networks.Dinov2(str(folder)).load,
+        "clip": networks.Clip(str(folder)).load,
+    }
+    with pytest.raises(ValueError, match="contains custom code|does not recognize"):
+        load[kind]()
+    assert not owned.exists()
+    assert "[y/N]" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("agreeing")
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        pytest.param("flux2", {}, marks=pytest.mark.slow),
+        ("zimage", {"tokenizer": "AutoTokenizer"}),
+        ("zimage", {"text_encoder": "AutoModel"}),
+    ],
+)
+def test_a_pipelines_parts_do_not_bring_code(family, named, tmp_path, capsys):
+    folder, owned = families.write(family, tmp_path / family), tmp_path / "owned"
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {part: ["transformers", kind] for part, kind in named.items()}
+    for part in named or ("text_encoder", "tokenizer"):
+        config = folder / part / "config.json"
+        config.write_text("{}" if part == "tokenizer" else config.read_text(encoding="utf-8"))
+        owns(folder / part, owned)
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with suppress(ValueError):  # whatever it says of such a folder
+        families.teacher_at(folder, **families.FAMILIES[family].options)
+    assert not owned.exists()
+    assert "[y/N]" not in capsys.readouterr().out
 
 
 # -- checkpoints and shards ------------------------------------------------------------------------

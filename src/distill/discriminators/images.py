@@ -18,7 +18,7 @@ from distill.core.half_weights import HalfWeights
 from distill.core.randomness import uniform
 from distill.core.types import Cond
 from distill.machine.faults import first_line
-from distill.storage.hub_settings import check_folder
+from distill.storage.hub_settings import NO_CODE, check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.storage.pictures import IMAGENET
 
@@ -61,7 +61,7 @@ class ImageFeatures(nn.Module):
         check_folder(path, where)
         try:
             model, report = AutoModel.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True
+                path, use_safetensors=True, output_loading_info=True, **NO_CODE
             )
         except (OSError, ValueError, ImportError) as error:  # not downloaded, damaged, no ViT
             advice = "give a folder of a transformers ViT, or check the hub id and the network"

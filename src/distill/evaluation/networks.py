@@ -27,7 +27,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from distill.core.tensors import fingerprint
 from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import check_archive
-from distill.storage.hub_settings import check_folder
+from distill.storage.hub_settings import NO_CODE, check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.storage.pictures import IMAGENET
 from distill.terminal.progress import stage
@@ -120,7 +120,8 @@ def clean_resize(picture: Image.Image, size: int) -> Tensor:
 def _load_complete(kind: Any, path: str) -> nn.Module:
     """A transformers model in float32; ValueError unless its files hold every tensor."""
     check_folder(path, f"metrics: {path}")
-    model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    options = {"dtype": torch.float32, "output_loading_info": True, **NO_CODE}
+    model, report = kind.from_pretrained(path, **options)
     check_all_loaded(report, path, type(model).__name__)
     return model
 
@@ -249,8 +250,8 @@ class Clip(TwoTowers):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         check_folder(self.processor, f"metrics: {self.processor}")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        self.image_processor = AutoImageProcessor.from_pretrained(self.processor)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor, **NO_CODE)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, **NO_CODE)
         return _load_complete(CLIPModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
