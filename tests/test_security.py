@@ -347,6 +347,52 @@ def test_a_pipelines_parts_do_not_bring_code(family, named, tmp_path, capsys):
     assert "[y/N]" not in capsys.readouterr().out
 
 
+# -- chat templates --------------------------------------------------------------------------------
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+NO_TEXT = r"its chat template gives no text within 2 s and 512 MiB \(.*fetch it anew"
+TWICE = "{{ messages[-1].content }}"
+
+
+def templated(text, folder):
+    """A teacher whose captions stand in a chat template that the folder's maker wrote."""
+    families.write("zimage", folder)
+    (folder / "tokenizer" / "chat_template.jinja").write_text(text, encoding="utf-8")
+    return families.teacher_at(folder, **families.FAMILIES["zimage"].options)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        pytest.param(LOOP, NO_TEXT, id="loop"),
+        pytest.param("{{ 'x' * 10**10 }}", NO_TEXT, id="memory", marks=pytest.mark.slow),
+        pytest.param("{{ 'x' * 10**6 }}", NO_TEXT, id="text", marks=pytest.mark.slow),
+        pytest.param(
+            "{{ cycler.__init__.__globals__ }}", NO_TEXT, id="escape", marks=pytest.mark.slow
+        ),
+        pytest.param(2 * TWICE, "has the caption 2 times", id="twice", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hostile_chat_template_is_refused(text, wrong, tmp_path):
+    teacher = templated(text, tmp_path / "zimage")
+    with pytest.raises(ValueError, match=f"^teacher.path={tmp_path / 'zimage'}: .*{wrong}"):
+        teacher.embed(["a red circle"])
+
+
+def test_a_chat_template_runs_once_on_no_caption_of_ours(tmp_path):
+    """So it cannot wait for a word, or for a day."""
+    trap = f"{{% if 'circle' in messages[-1].content %}}{LOOP}{{% endif %}}"
+    text = f"{trap}<|im_start|>{{{{ messages[-1].content | trim }}}}<|im_end|>"
+    teacher = templated(text, tmp_path / "zimage")
+    caption = "{{ 1 }} a circle'"
+    plain = teacher.pipeline.tokenizer(f"<|im_start|>{caption}<|im_end|>").input_ids
+    assert int(teacher.embed([f" {caption} "]).mask.sum()) == len(plain)
+    assert teacher.pipeline.tokenizer.chat_template == text  # a student's folder gets it
+    teacher.pipeline.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert saved == text
+
+
 # -- checkpoints and shards ------------------------------------------------------------------------
 
 
