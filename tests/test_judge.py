@@ -98,6 +98,23 @@ def test_renders_of_the_prompts_are_right_in_every_respect(judge):
     assert features.shape == (64, Reader.FEATURES)
 
 
+def test_rows_of_an_evaluation_share_one_reading_of_the_reference():
+    class Counts(Oracle):
+        read = 0
+
+        def features(self, pixels):
+            self.read += len(pixels)
+            return super().features(pixels)
+
+    reader = Counts(scenes_of(PROMPTS, 0))
+    judge, pictures, before = Judge(reader), fresh_renders(PROMPTS, seed=0), reader.read
+    rows = [judge(pictures, PROMPTS) for _ in range(3)]
+    assert rows == 3 * rows[:1]
+    assert reader.read - before == 4 * len(PROMPTS)
+    assert judge(pictures, PROMPTS, reference_seed=1)["frechet"] > rows[0]["frechet"]
+    assert judge(pictures[:9], PROMPTS[:9])["frechet"] < 1e-6
+
+
 @pytest.mark.parametrize("attribute", [*OTHER, "count"])
 def test_one_wrong_word_fails_the_prompt_and_counts_once(attribute):
     """Four pictures of the same eleven facts; what is seen in one of them differs in one word."""

@@ -20,7 +20,7 @@ from distill.evaluation.shapes import Shapes, evaluated_samplers, generate_pictu
 from distill.sampling import FewSteps
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
-from distill.worlds.shapes.judge import Judge, as_saved, fresh_renders, judging_prompts
+from distill.worlds.shapes.judge import Judge, as_saved, judging_prompts
 
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -75,7 +75,7 @@ class FilledShapes(Shapes):
         given = masked(prompts, range(len(prompts)))
         scores, outcomes = fill_scores(judge, pictures, given["pixels"], given[FILL])
         pasted = pasted_back(pictures, given["pixels"], given[FILL])
-        real = judge.read(fresh_renders(prompts, seed=self.seed))[0]
+        _, real = judge.reference(prompts, seed=self.seed)
         features = judge.read(pasted)[0]
         scores["frechet"] = distances.frechet(features, real)
         outcomes["frechet"] = distances.frechet_by_sample(features, real, paired=True)

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import (
@@ -133,7 +133,7 @@ class FewSteps(ABC):
         levels = (
             self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
         )
-        shift = ResolutionShift.of(self.shift, "sampler.shift")
+        shift = cast("ResolutionShift | None", self.shift)  # since __post_init__
         if shift and shape:
             levels = shift.of_levels(levels, shape)
         return levels[steps - steps_left(steps, strength, rounds_up(student)) :]

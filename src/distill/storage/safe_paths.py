@@ -1,8 +1,9 @@
 """Check a folder before writing into it: an untrusted one may have links out of it, or pipes.
 
 A link at a name that is written would overwrite its target, or have another folder written into and
-cleaned. A hard link would be written under its other name too. A pipe would wait for ever. The folder itself may be a link, for example to a larger disk,
-and links at other names are ignored. Nothing here imports a slow library.
+cleaned. A hard link would be written under its other name too. A pipe would wait for ever. The
+folder itself may be a link, for example to a larger disk, and links at other names are ignored.
+Nothing here imports a slow library.
 """
 
 import os

@@ -7,8 +7,9 @@ pictures and not prompts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ class Judge:
     """
 
     reader: Reader
+    _reference: tuple[Any, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def load(cls, folder: Path = MODEL) -> Judge:
@@ -71,6 +73,17 @@ class Judge:
         return features, {
             question: logits.argmax(1) for question, logits in self.reader.answer(features).items()
         }
+
+    def reference(self, prompts: list[Prompt], *, seed: int) -> tuple[Tensor, Tensor]:
+        """Fresh renders of the prompts [N, 3, 64, 64], and their features [N, 96].
+
+        Those of the last call are kept: every row of an evaluation asks for the same.
+        """
+        asked = (seed, *prompts)
+        if self._reference is None or self._reference[0] != asked:
+            renders = fresh_renders(prompts, seed=seed)
+            self._reference = (asked, renders, self.read(renders)[0])
+        return self._reference[1:]
 
     @staticmethod
     def accuracy(answers: dict[str, Tensor], prompts: list[Prompt]) -> dict[str, float]:
@@ -110,8 +123,7 @@ class Judge:
                 " pictures"
             )
         features, answers = self.read(pixels)
-        reference = fresh_renders(prompts, seed=reference_seed)
-        real_features, _ = self.read(reference)
+        reference, real_features = self.reference(prompts, seed=reference_seed)
         precision, recall = distances.precision_recall(real_features, features)
         outcomes = {
             "prompt_accuracy": self.shows_prompt(answers, prompts).double(),
