@@ -199,6 +199,16 @@ class Distillation(L.LightningModule, ABC):
         x_t = self.student.process.diffuse(x0, noise, t)
         return torch.where(column(t == 1, x_t), noise, x_t)
 
+    @staticmethod
+    def noise_of(batch: Batch, key: str) -> Tensor:
+        """The noise that the teacher's samples began as; ValueError, naming what needs it, if the
+        data do not tell.
+        """
+        if batch.noise is None:
+            what = "needs the noise of each sample: data.seeded=true, or make it 0"
+            raise ValueError(f"{key} {what}")
+        return batch.noise
+
     def on_before_batch_transfer(
         self, batch: Mapping[str, Any], dataloader_idx: int
     ) -> Mapping[str, Any]:
