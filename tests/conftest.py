@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def teachers(pipelines) -> Callable[[str], Any]:
         return made[family]
 
     return teacher
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    """Family, of the tables of `families`, -> folder of its random pipeline."""
+    from families import write
+
+    return cache(lambda family: write(family, tmp_path_factory.mktemp("families") / family))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -42,27 +43,8 @@ each = pytest.mark.parametrize("family", EDITORS)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = families.write(family, tmp_path_factory.mktemp("editors") / family)
-        return made[family]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teachers(folders):
-    made = {}
-
-    def teacher(family):
-        if family not in made:
-            made[family] = families.teacher_at(folders(family))
-        return made[family]
-
-    return teacher
+    return cache(lambda family: families.teacher_at(folders(family)))
 
 
 def sized(family):

@@ -7,6 +7,7 @@ import re
 import shutil
 import string
 from contextlib import suppress
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -55,27 +56,8 @@ each = those(lambda family, row: True)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = families.write(family, tmp_path_factory.mktemp("families") / family)
-        return made[family]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teachers(folders):
-    made = {}
-
-    def teacher(family):
-        if family not in made:
-            made[family] = families.teacher_at(folders(family), **FAMILIES[family].options)
-        return made[family]
-
-    return teacher
+    return cache(lambda family: families.teacher_at(folders(family), **FAMILIES[family].options))
 
 
 def noise(*shape, seed=0):

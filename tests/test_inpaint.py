@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,29 +31,10 @@ each = pytest.mark.parametrize("family", INPAINTERS)
 
 
 @pytest.fixture(scope="module")
-def inpainting(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = families.write(family, tmp_path_factory.mktemp("inpainting") / family)
-        return made[family]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fillers(inpainting):
+def fillers(folders):
     """Family -> its teacher."""
-    made = {}
-
-    def teacher(family):
-        if family not in made:
-            options = families.OF_FLUX if family == "flux_fill" else {}
-            made[family] = families.teacher_at(inpainting(family), **options)
-        return made[family]
-
-    return teacher
+    of_flux = {"flux_fill": families.OF_FLUX}
+    return cache(lambda family: families.teacher_at(folders(family), **of_flux.get(family, {})))
 
 
 def asked(family):
@@ -93,9 +75,9 @@ def cond_of(teacher, count=2):
 
 
 @each
-def test_a_guided_estimate_is_that_of_the_pipeline(family, inpainting, fillers):
+def test_a_guided_estimate_is_that_of_the_pipeline(family, folders, fillers):
     """FLUX's guidance is an input of its network: its pipeline has no second pass."""
-    teacher, pipeline = fillers(family), opened(inpainting(family))
+    teacher, pipeline = fillers(family), opened(folders(family))
     assert type(pipeline) is teacher.kind
     of_flux, flow = family == "flux_fill", family in FLOWS
     assert tuple(teacher.latent_shape) == (16 if family == "sd3_inpaint" else 4, 16, 16)
@@ -298,20 +280,20 @@ def test_odds_that_cannot_be_are_named(value, said):
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def run(command, inpainting, tmp_path, name, *words):
+def run(command, folders, tmp_path, name, *words):
     data = tmp_path / "pictures"
     if not data.exists():
         tiny.write_pictures(data, 12)
     return command(
-        "run", "experiment=sd_inpaint_turbo", f"teacher.path={inpainting('sd_inpaint')}",
+        "run", "experiment=sd_inpaint_turbo", f"teacher.path={folders('sd_inpaint')}",
         "teacher.config=null", f"data.path={data}", "data.size=64", "debug=smoke",
         f"run_dir={tmp_path / name}", *words,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_student_that_fills_masks(command, inpainting, tmp_path):
-    code, _, err = run(command, inpainting, tmp_path, "run")
+def test_a_run_leaves_a_student_that_fills_masks(command, folders, tmp_path):
+    code, _, err = run(command, folders, tmp_path, "run")
     assert code == 0, err
     assert list((tmp_path / "run" / "samples").glob("step_*.png"))
     picture, mask = picture_and_mask()
@@ -331,10 +313,10 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RUNS)
 def test_a_run_of_a_flow_leaves_a_student_that_samples_as_its_pipeline(
-    family, command, inpainting, tmp_path
+    family, command, folders, tmp_path
 ):
     data, run = tiny.write_pictures(tmp_path / "pictures", 8), tmp_path / "run"
-    words = ["method=ladd", f"teacher={family}", f"teacher.path={inpainting(family)}"]
+    words = ["method=ladd", f"teacher={family}", f"teacher.path={folders(family)}"]
     words += ["teacher.dtype=float32", "data=images", "data.masks=true", f"data.path={data}"]
     words += ["data.size=64", "data.num_workers=0", "method.distill_weight=2.5", "sampler=euler"]
     code, _, err = command(
@@ -359,10 +341,10 @@ def test_a_run_of_a_flow_leaves_a_student_that_samples_as_its_pipeline(
 
 
 @pytest.mark.slow
-def test_two_processes_train_to_fill_as_one_does(inpainting, forks, tmp_path):
+def test_two_processes_train_to_fill_as_one_does(folders, forks, tmp_path):
     launch = launcher(forks)
     data = str(tiny.write_pictures(tmp_path / "pictures", 12))
-    jobs = {family: {"teacher": str(inpainting(family)), "family": family} for family in INPAINTERS}
+    jobs = {family: {"teacher": str(folders(family)), "family": family} for family in INPAINTERS}
     real = {"distill_weight": 2.5, "distill": {"guidance": 2.0}}
     parts = {"data": data, "eyes": "", "method": "ladd", "options": real, "jobs": jobs}
     launch(tmp_path / "one", processes=1, accumulate=2, **parts)
@@ -376,11 +358,11 @@ def test_two_processes_train_to_fill_as_one_does(inpainting, forks, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_the_same_bits(command, inpainting, tmp_path):
+def test_a_resumed_run_has_the_same_bits(command, folders, tmp_path):
     steps = ["trainer.max_steps=3", "callbacks.checkpoint.every=1", "callbacks.samples.every=100"]
-    assert run(command, inpainting, tmp_path, "whole", *steps)[0] == 0
+    assert run(command, folders, tmp_path, "whole", *steps)[0] == 0
     first = [steps[0].replace("3", "2"), *steps[1:]]
-    assert run(command, inpainting, tmp_path, "cut", *first)[0] == 0
+    assert run(command, folders, tmp_path, "cut", *first)[0] == 0
     code, _, err = command("run", f"resume={tmp_path / 'cut'}", "trainer.max_steps=3")
     assert code == 0, err
     one, other = (
@@ -390,7 +372,7 @@ def test_a_resumed_run_has_the_same_bits(command, inpainting, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_teacher_of_another_kind_is_named_at_once(command, inpainting, pipelines, tmp_path):
+def test_a_teacher_of_another_kind_is_named_at_once(command, folders, pipelines, tmp_path):
     data = tiny.write_pictures(tmp_path / "pictures", 2)
     given = [f"data.path={data}", "data.size=64", "teacher.config=null"]
     code, _, err = command(
@@ -401,10 +383,10 @@ def test_a_teacher_of_another_kind_is_named_at_once(command, inpainting, pipelin
     assert "StableDiffusionPipeline" in err
     assert "choose another teacher=" in err
     plain = ["method=ladd", "teacher=sd15", "data=images"]
-    code, _, err = command("run", *plain, f"teacher.path={inpainting('sd_inpaint')}", *given)
+    code, _, err = command("run", *plain, f"teacher.path={folders('sd_inpaint')}", *given)
     assert code == 1
     assert err.count("\n") == 1
     assert "StableDiffusionInpaintPipeline" in err
-    code, _, err = run(command, inpainting, tmp_path, "no_masks", "data.masks=false")
+    code, _, err = run(command, folders, tmp_path, "no_masks", "data.masks=false")
     assert code == 1
     assert "these data have no masks" in err
