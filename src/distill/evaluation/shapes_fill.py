@@ -7,7 +7,7 @@ every step (`blend`).
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class FilledShapes(Shapes):
             models.
     """
 
+    any_size: ClassVar[bool] = False
     blend: bool = False
 
     def fits(self, teacher: PipelineTeacher) -> None:

@@ -48,12 +48,15 @@ TIME = "seconds_per_image"
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")  # of `shapes`
 MEASURES = {  # key in evaluation.json -> measure
     "prompt_accuracy": Measure("Prompts right", "higher", PERCENT),
+    "render_accuracy": Measure("Renders right", "neither", PERCENT),  # of other sizes than 64x64
     "frechet": Measure("Fréchet distance", "lower", "{:,.1f}"),
     "fid": Measure("FID", "lower"),
     "clip_score": Measure("CLIP score", "higher"),
     "clip_score_b32": Measure("CLIP score, B/32", "higher"),
     "pick_score": Measure("PickScore", "higher"),
     "hps": Measure("HPS", "higher"),
+    "image_reward": Measure("ImageReward", "higher"),
+    "aesthetic": Measure("Aesthetic score", "higher"),
     "kid": Measure("KID", "lower"),
     "fd_dinov2": Measure("FD-DINOv2", "lower"),
     "cmmd": Measure("CMMD", "lower"),
