@@ -24,7 +24,7 @@ LAYERS = {
     },
     "parts": {
         "teachers", "discriminators", "data", "worlds", "evaluation.references",
-        "evaluation.networks",
+        "evaluation.networks", "evaluation.rewards",
         "evaluation.features", "evaluation.scores", "training.loop_settings",
     },
     "models": {"students", "sampling"},

@@ -352,6 +352,11 @@ def check_networks(metrics: DictConfig) -> None:
             if locate.is_local(path) and not Path(path).exists():
                 what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
                 raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
+        weights = Path(shipped(str(node.get("pretrained") or "")))
+        is_file = weights.suffix in (".pt", ".pth", ".bin", ".safetensors")
+        if is_file and ":" not in str(node.path) and not weights.is_file():
+            what = "no such file; download it from its authors, or leave out the measures on it"
+            raise FileNotFoundError(f"metrics.networks.{name}.pretrained={weights}: {what}")
 
 
 def check_decoder(method: DictConfig) -> None:

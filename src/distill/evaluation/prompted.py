@@ -151,7 +151,7 @@ class Prompted:
             )
 
     def _measures_needing(self, kind: str) -> list[str]:
-        return [name for name in self.measures if self.scores[name].needs == kind]
+        return [n for n in self.measures if kind in (self.scores[n].needs, self._network(n).needs)]
 
     def _network(self, measure: str) -> Any:
         return self.networks[self.scores[measure].network]
@@ -312,13 +312,16 @@ class Prompted:
         }
         for name in self.measures:
             score, network = self.scores[name], self._network(name)
-            pictures, varied = features(paths, network, cache, **options).tensor_split(
-                [len(captions) or len(paths)]
-            )
+            # of those for variety no other measure needs a number
+            some = paths[: len(captions) or None] if score.needs == "pictures" else paths
+            found_all = features(some, network, cache, captions=captions, **options)
+            pictures, varied = found_all.tensor_split([len(captions) or len(paths)])
             if score.needs == "reference":
                 beside = features(self.reference_paths, network, cache_folder(), **options)
             elif score.needs == "captions":
                 beside = network.texts(captions, device)
+            elif score.needs == "pictures":
+                beside = pictures
             elif len(varied):
                 beside = varied.unflatten(0, (-1, self.variety[1]))
             else:  # a folder of pictures
