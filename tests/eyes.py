@@ -142,7 +142,8 @@ MED = {  # of med_config.json, small
     "model_type": "bert", "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0,
     "type_vocab_size": 2, "vocab_size": 40, "encoder_width": 768, "add_cross_attention": True,
 }  # fmt: skip
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red star two blue circles on white the of and".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "star", "two", "blue"]
+WORDS += ["circles", "on", "white", "the", "of", "and"]
 MLP = {0: (1024, None), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
 
 

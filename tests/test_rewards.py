@@ -93,7 +93,7 @@ class ByHand:
 
 
 def pixels_of(picture, side):
-    """Bicubic to the shorter side as Pillow has it, the centred square, CLIP's mean and deviation."""
+    """Bicubic to the shorter side by Pillow, the centred square, CLIP's mean and deviation."""
     scale = side / min(picture.size)
     size = [int(scale * length) for length in picture.size]
     resized = picture.resize(size, Image.Resampling.BICUBIC)
@@ -165,19 +165,17 @@ def test_prompts_are_scored_by_both(places, command, pipelines, tmp_path):
     pictures.mkdir()
     for i, picture in enumerate(PICTURES):
         picture.save(pictures / f"{i:06d}.png")
-    (tmp_path / "prompts.txt").write_text("\n".join(SAID), encoding="utf-8")
+    table = f"Prompt\tCategory\tChallenge\n{SAID[0]}\tStars\tBasic\n{SAID[1]}\tMany\tBasic\n"
+    (tmp_path / "prompts.tsv").write_text(table, encoding="utf-8")
     networks = {
         "image_reward.path": places["reward"],
         "image_reward.processor": places["bert"],
         "aesthetic.path": places["clip"],
         "aesthetic.pretrained": places["aesthetic"],
     }
-    words = [f"'metrics.networks.{key}={place}'" for key, place in networks.items()]
-    words = [word.strip("'") for word in words if "+" not in word]
-    plain = tmp_path / "predictor.pth"
-    plain.write_bytes(places["aesthetic"].read_bytes())
-    words += [f"metrics.networks.aesthetic.pretrained={plain}", "metrics.workers=0"]
-    words += ["metrics=prompts", f"metrics.path={tmp_path / 'prompts.txt'}"]
+    words = [f"metrics.networks.{key}={place}" for key, place in networks.items()]
+    words += ["metrics.workers=0"]
+    words += ["metrics=prompts", f"metrics.path={tmp_path / 'prompts.tsv'}"]
     words += ["metrics.measures=[image_reward,aesthetic]", f"out={tmp_path / 'out'}"]
     code, _, err = command("evaluate", f"run={pictures}", *words)
     assert code == 0, err
@@ -191,6 +189,10 @@ def test_prompts_are_scored_by_both(places, command, pipelines, tmp_path):
         expected = network.images(shown, SAID)[:, 0].tolist()
     assert outcomes["image_reward"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert row["image_reward"] == pytest.approx(np.mean(expected), rel=1e-4, abs=1e-4)
+    stars = row["by_category"]["Stars"]
+    assert (stars["prompts"], stars["few"]) == (1, True)
+    assert stars["image_reward"]["value"] == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
+    assert list(row["by_category"]) == ["Stars", "Many"]
     assert row["aesthetic"] == pytest.approx(np.mean(outcomes["aesthetic"]), rel=1e-5)
 
 

@@ -18,8 +18,8 @@ from distill.machine.hardware import device
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
 from distill.storage.pictures import to_rgb
-from distill.worlds.shapes.grammar import parse
 from distill.worlds.shapes.frames import LEAST
+from distill.worlds.shapes.grammar import parse
 from distill.worlds.shapes.judge import Judge
 from distill.worlds.shapes.reader import CHOICES, SLOTS, targets
 from distill.worlds.shapes.world import SIDE, Prompt
