@@ -19,12 +19,13 @@ PACKAGE = ROOT / "src" / "distill"
 # than its room.
 LAYERS = {
     "ground": {
-        "core", "machine", "storage", "terminal", "evaluation.results", "evaluation.tables",
+        "core", "machine", "storage", "terminal", "evaluation.categories", "evaluation.results",
+        "evaluation.statistics", "evaluation.tables",
         "training.run_metadata",
     },
     "parts": {
         "teachers", "discriminators", "data", "worlds", "evaluation.references",
-        "evaluation.networks",
+        "evaluation.networks", "evaluation.rewards",
         "evaluation.features", "evaluation.scores", "training.loop_settings",
     },
     "models": {"students", "sampling"},

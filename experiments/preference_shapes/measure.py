@@ -24,8 +24,8 @@ from torchvision.utils import save_image
 
 from distill.config.models import student_of
 from distill.core import distances
+from distill.evaluation.statistics import Sample, mean_interval
 from distill.machine.hardware import autocast, precision
-from distill.report.statistics import Sample, mean_interval
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_text_atomic

@@ -108,7 +108,8 @@ SHIPPED = {
         ),
     ),
     "metrics.networks.*": Allowed(
-        inside=("distill.evaluation.networks",), base="distill.evaluation.networks.Describer"
+        inside=("distill.evaluation.networks", "distill.evaluation.rewards"),
+        base="distill.evaluation.networks.Describer",
     ),
     "metrics.scores.*": Allowed(
         inside=("distill.evaluation.scores",), base="distill.evaluation.scores.Score"

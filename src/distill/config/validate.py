@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from distill.config import signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
 from distill.config.editing import EDIT_PAIRS, check_guidance_by_source, check_pairs_fit
+from distill.config.evaluation_networks import check_networks
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
 from distill.config.preference import PREFERENCES, check_preference
@@ -337,21 +338,9 @@ def check_metrics(metrics: DictConfig) -> None:
     if Path(path).is_dir():
         material.coco(path, metrics.prompts)
     else:
-        Lines(path, "metrics.path", metrics.get("column"))
+        Lines(path, "metrics.path", metrics.get("column"), metrics.get("category"), True)
     material.check_reference(metrics.reference and shipped(metrics.reference))
     check_networks(metrics)
-
-
-def check_networks(metrics: DictConfig) -> None:
-    """Check that the networks of the chosen measures exist, or may be on the hub."""
-    needed = {metrics.scores[name].get("network") for name in metrics.measures}
-    for name in sorted(needed & set(metrics.networks)):
-        node = metrics.networks[name]
-        for key in ("path", "processor"):
-            path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
-            if locate.is_local(path) and not Path(path).exists():
-                what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
-                raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
 
 
 def check_decoder(method: DictConfig) -> None:

@@ -7,7 +7,7 @@ every step (`blend`).
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class FilledShapes(Shapes):
             models.
     """
 
+    any_size: ClassVar[bool] = False
     blend: bool = False
 
     def fits(self, teacher: PipelineTeacher) -> None:
@@ -75,7 +76,7 @@ class FilledShapes(Shapes):
         given = masked(prompts, range(len(prompts)))
         scores, outcomes = fill_scores(judge, pictures, given["pixels"], given[FILL])
         pasted = pasted_back(pictures, given["pixels"], given[FILL])
-        _, real = judge.reference(prompts, seed=self.seed)
+        real = judge.reference(prompts, seed=self.seed).features
         features = judge.read(pasted)[0]
         scores["frechet"] = distances.frechet(features, real)
         outcomes["frechet"] = distances.frechet_by_sample(features, real, paired=True)
