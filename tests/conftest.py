@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -61,6 +62,26 @@ def teachers(pipelines) -> Callable[[str], Any]:
         return made[family]
 
     return teacher
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory) -> Callable[[str], Path]:
+    """Family of the table in `families` -> the folder of its random pipeline."""
+    import families
+
+    @functools.cache
+    def folder(family: str) -> Path:
+        return families.write(family, tmp_path_factory.mktemp("families") / family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_teachers(family_folders) -> Callable[[str], Any]:
+    """Family of the table -> its teacher, which is frozen."""
+    import families
+
+    return functools.cache(lambda family: families.teacher_of(family, family_folders(family)))
 
 
 @pytest.fixture(params=FAMILIES)

@@ -38,6 +38,8 @@ LAYERS = {
     "no_bias": (lambda: nn.Linear(33, 37, bias=False), (2, 5, 33)),
     "conv": (lambda: nn.Conv2d(16, 24, 3, stride=2, padding=1), (2, 16, 9, 9)),
     "grouped": (lambda: nn.Conv2d(16, 32, 3, groups=2, dilation=2), (2, 16, 9, 9)),
+    "video": (lambda: nn.Conv3d(8, 24, (1, 2, 2), stride=(1, 2, 2)), (2, 8, 3, 6, 6)),
+    "sequence": (lambda: nn.Conv1d(16, 24, 3, padding=1), (2, 16, 9)),
 }
 LARGEST_ERROR = {"int8": 0.01, "fp8": 0.04, "nf4": 0.12}  # of a normal tensor, as a share of it
 
@@ -211,6 +213,7 @@ slow = pytest.mark.slow
         ("ladd", "32-true"),
         pytest.param("ladd", "bf16-mixed", marks=slow),
         pytest.param("add", "32-true", marks=slow),
+        pytest.param("nitrofusion", "32-true", marks=slow),
         pytest.param("dmd2", "32-true", marks=slow),
     ],
 )
