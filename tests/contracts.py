@@ -20,7 +20,7 @@ from distill.config import build, compose
 from distill.core.tensors import gather
 from distill.storage.checkpoint_files import newest_checkpoint, read_checkpoint
 
-STEPS = 3
+STEPS = 2
 EVERY_STEP = (
     *("callbacks.checkpoint.every=1", "callbacks.checkpoint.keep=0"),
     "callbacks.checkpoint.background=false",
@@ -67,6 +67,7 @@ def words_of(family: str, folder: Path, *more: str) -> list[str]:
 
 def train(words: list[str], folder: Path, *, goes_on: bool = False) -> End:
     """Train as these words ask for; with `goes_on` from the newest checkpoint in the folder."""
+    folder.mkdir(exist_ok=True)
     settings = distill.compose(*words)
     build.check(settings)
     build.settle_precision(settings)
