@@ -952,7 +952,10 @@ OTHERS = {
     ),
     "instruct_pix2pix": Other(write=instruct_pix2pix, option="instruct_pix2pix", reads="sources"),
     "instruct_pix2pix_xl": Other(
-        write=instruct_pix2pix_xl, option="sdxl_instruct_pix2pix", reads="sources"
+        write=instruct_pix2pix_xl,
+        option="sdxl_instruct_pix2pix",
+        options={"size": tiny.SIDE},
+        reads="sources",
     ),
     "pixart_alpha_1024": Other(write=pixart_alpha_1024),
     "sd3_inpaint": Other(write=sd3_inpaint, option="sd3_inpaint", reads="masks"),
