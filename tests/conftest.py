@@ -20,7 +20,8 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 LONGEST = (  # files, the longest first: one that is begun last keeps one worker busy, and no other
-    *("distributed", "kill", "kills", "launch", "pretrain", "stopping", "first_mile", "making"),
+    *("distributed", "contracts", "kill", "kills", "launch", "pretrain", "stopping"),
+    *("first_mile", "making"),
     *("readme", "learning", "portable", "api", "export", "resume", "bad_input", "words", "conf"),
     *("every_key", "quick_answers", "speed", "engine", "waiting", "notebooks", "methods", "lora"),
 )

@@ -81,15 +81,17 @@ HOW = {  # processes, and their options beside those of the one
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, forks, family_folders):
-    """How -> the folder with what each family's processes ended with."""
+def ends(request, tmp_path_factory, forks, family_folders):
+    """How, and a family -> what its processes ended with; all families asked for train in turn."""
     launch = launcher(forks, "contracts:main")
+    named = (getattr(item, "callspec", None) for item in request.session.items)
+    asked = {call.params["family"] for call in named if call and "alone" in call.params}
 
     @functools.cache
     def made(how: str) -> Path:
         folder, (processes, more) = tmp_path_factory.mktemp(how), HOW[how]
         given = [*ROUNDED, *more]
-        jobs = {f: words_of(f, family_folders(f), *given) for f in TRAINED}
+        jobs = {f: words_of(f, family_folders(f), *given) for f in TRAINED if f in asked}
         launch(folder, processes=processes, jobs=jobs)
         return folder
 
