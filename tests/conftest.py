@@ -20,7 +20,8 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 LONGEST = (  # files, the longest first: one that is begun last keeps one worker busy, and no other
-    *("distributed", "kill", "kills", "launch", "pretrain", "stopping", "first_mile", "making"),
+    *("distributed", "contracts", "kill", "kills", "launch", "pretrain", "stopping"),
+    *("first_mile", "making"),
     *("readme", "learning", "portable", "api", "export", "resume", "bad_input", "words", "conf"),
     *("every_key", "quick_answers", "speed", "engine", "waiting", "notebooks", "methods", "lora"),
 )
@@ -64,12 +65,24 @@ def teachers(pipelines) -> Callable[[str], Any]:
     return teacher
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Callable[[str], Path]:
-    """Family, of the tables of `families`, -> folder of its random pipeline."""
-    from families import write
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory) -> Callable[[str], Path]:
+    """Family of the table in `families` -> the folder of its random pipeline."""
+    import families
 
-    return cache(lambda family: write(family, tmp_path_factory.mktemp("families") / family))
+    @cache
+    def folder(family: str) -> Path:
+        return families.write(family, tmp_path_factory.mktemp("families") / family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_teachers(family_folders) -> Callable[[str], Any]:
+    """Family of the table -> its teacher, which is frozen."""
+    import families
+
+    return cache(lambda family: families.teacher_of(family, family_folders(family)))
 
 
 @pytest.fixture(params=FAMILIES)

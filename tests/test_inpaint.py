@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
+import cards
 import families
 import tiny
 from distill.core.score_distillation import guided_x0
@@ -22,7 +20,6 @@ from distill.exporting.card import write_card
 from distill.sampling import Consistency, Euler, seeded
 from distill.students import full, save_pipeline
 from families import INPAINTERS, opened, packed, unpacked
-from test_distributed import assert_agree, launcher
 
 PROMPTS = tiny.CAPTIONS[:2]
 FLOWS = ("sd3_inpaint", "flux_fill")
@@ -30,11 +27,14 @@ CHANNELS = {"sd_inpaint": 5, "sdxl_inpaint": 5, "sd3_inpaint": 17, "flux_fill": 
 each = pytest.mark.parametrize("family", INPAINTERS)
 
 
-@pytest.fixture(scope="module")
-def fillers(folders):
-    """Family -> its teacher."""
-    of_flux = {"flux_fill": families.OF_FLUX}
-    return cache(lambda family: families.teacher_at(folders(family), **of_flux.get(family, {})))
+@pytest.fixture
+def inpainting(family_folders):
+    return family_folders
+
+
+@pytest.fixture
+def fillers(family_teachers):
+    return family_teachers
 
 
 def asked(family):
@@ -75,9 +75,9 @@ def cond_of(teacher, count=2):
 
 
 @each
-def test_a_guided_estimate_is_that_of_the_pipeline(family, folders, fillers):
+def test_a_guided_estimate_is_that_of_the_pipeline(family, inpainting, fillers):
     """FLUX's guidance is an input of its network: its pipeline has no second pass."""
-    teacher, pipeline = fillers(family), opened(folders(family))
+    teacher, pipeline = fillers(family), opened(inpainting(family))
     assert type(pipeline) is teacher.kind
     of_flux, flow = family == "flux_fill", family in FLOWS
     assert tuple(teacher.latent_shape) == (16 if family == "sd3_inpaint" else 4, 16, 16)
@@ -155,16 +155,13 @@ def test_the_card_s_code_fills_as_we_do(family, steps, fillers, tmp_path):
     student, folder = exported(teacher, sampler, tmp_path / "student")
     text = write_card(folder, tmp_path).read_text(encoding="utf-8")
     assert "pipeline_tag: image-to-image" in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     picture, mask = picture_and_mask()
-    names: dict = {"image": picture, "mask": mask}
-    code = code.replace("<this folder>", str(folder)).replace("steps = 4", f"steps = {steps}")
-    exec(code.replace("a prompt", PROMPTS[0]), names)
+    found = cards.drawn(folder, PROMPTS[0], steps=steps, seed=0, image=picture, mask=mask)
     with torch.no_grad():
         options = {"shape": teacher.latent_shape, "steps": steps}
         x0 = sampler(student, cond_of(teacher, 1), seeded([0]), **options)
         expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
-    assert np.abs(np.asarray(names["picture"]) - 255 * expected.numpy()).max() <= 1.01
+    assert (255 * (found - expected)).abs().max() <= 1.01
 
 
 # -- the conditioning ------------------------------------------------------------------------------
@@ -280,20 +277,20 @@ def test_odds_that_cannot_be_are_named(value, said):
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def run(command, folders, tmp_path, name, *words):
+def run(command, inpainting, tmp_path, name, *words):
     data = tmp_path / "pictures"
     if not data.exists():
         tiny.write_pictures(data, 12)
     return command(
-        "run", "experiment=sd_inpaint_turbo", f"teacher.path={folders('sd_inpaint')}",
+        "run", "experiment=sd_inpaint_turbo", f"teacher.path={inpainting('sd_inpaint')}",
         "teacher.config=null", f"data.path={data}", "data.size=64", "debug=smoke",
         f"run_dir={tmp_path / name}", *words,
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_student_that_fills_masks(command, folders, tmp_path):
-    code, _, err = run(command, folders, tmp_path, "run")
+def test_a_run_leaves_a_student_that_fills_masks(command, inpainting, tmp_path):
+    code, _, err = run(command, inpainting, tmp_path, "run")
     assert code == 0, err
     assert list((tmp_path / "run" / "samples").glob("step_*.png"))
     picture, mask = picture_and_mask()
@@ -313,10 +310,10 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", RUNS)
 def test_a_run_of_a_flow_leaves_a_student_that_samples_as_its_pipeline(
-    family, command, folders, tmp_path
+    family, command, inpainting, tmp_path
 ):
     data, run = tiny.write_pictures(tmp_path / "pictures", 8), tmp_path / "run"
-    words = ["method=ladd", f"teacher={family}", f"teacher.path={folders(family)}"]
+    words = ["method=ladd", f"teacher={family}", f"teacher.path={inpainting(family)}"]
     words += ["teacher.dtype=float32", "data=images", "data.masks=true", f"data.path={data}"]
     words += ["data.size=64", "data.num_workers=0", "method.distill_weight=2.5", "sampler=euler"]
     code, _, err = command(
@@ -340,39 +337,7 @@ def test_a_run_of_a_flow_leaves_a_student_that_samples_as_its_pipeline(
     assert np.abs(np.asarray(Image.open(out.strip())) / 255.0 - expected).max() < 0.01
 
 
-@pytest.mark.slow
-def test_two_processes_train_to_fill_as_one_does(folders, forks, tmp_path):
-    launch = launcher(forks)
-    data = str(tiny.write_pictures(tmp_path / "pictures", 12))
-    jobs = {family: {"teacher": str(folders(family)), "family": family} for family in INPAINTERS}
-    real = {"distill_weight": 2.5, "distill": {"guidance": 2.0}}
-    parts = {"data": data, "eyes": "", "method": "ladd", "options": real, "jobs": jobs}
-    launch(tmp_path / "one", processes=1, accumulate=2, **parts)
-    launch(tmp_path / "two", processes=2, strategy="ddp", **parts)
-    for family in INPAINTERS:
-        one, *two = (
-            torch.load(tmp_path / name / f"{family}_{rank}.pt", weights_only=True)
-            for name, rank in (("one", 0), ("two", 0), ("two", 1))
-        )
-        assert_agree(two, one)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_has_the_same_bits(command, folders, tmp_path):
-    steps = ["trainer.max_steps=3", "callbacks.checkpoint.every=1", "callbacks.samples.every=100"]
-    assert run(command, folders, tmp_path, "whole", *steps)[0] == 0
-    first = [steps[0].replace("3", "2"), *steps[1:]]
-    assert run(command, folders, tmp_path, "cut", *first)[0] == 0
-    code, _, err = command("run", f"resume={tmp_path / 'cut'}", "trainer.max_steps=3")
-    assert code == 0, err
-    one, other = (
-        load_file(next((tmp_path / name / "student" / "unet").glob("*.safetensors")))
-        for name in ("whole", "cut")
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_a_teacher_of_another_kind_is_named_at_once(command, folders, pipelines, tmp_path):
+def test_a_teacher_of_another_kind_is_named_at_once(command, inpainting, pipelines, tmp_path):
     data = tiny.write_pictures(tmp_path / "pictures", 2)
     given = [f"data.path={data}", "data.size=64", "teacher.config=null"]
     code, _, err = command(
@@ -383,10 +348,10 @@ def test_a_teacher_of_another_kind_is_named_at_once(command, folders, pipelines,
     assert "StableDiffusionPipeline" in err
     assert "choose another teacher=" in err
     plain = ["method=ladd", "teacher=sd15", "data=images"]
-    code, _, err = command("run", *plain, f"teacher.path={folders('sd_inpaint')}", *given)
+    code, _, err = command("run", *plain, f"teacher.path={inpainting('sd_inpaint')}", *given)
     assert code == 1
     assert err.count("\n") == 1
     assert "StableDiffusionInpaintPipeline" in err
-    code, _, err = run(command, folders, tmp_path, "no_masks", "data.masks=false")
+    code, _, err = run(command, inpainting, tmp_path, "no_masks", "data.masks=false")
     assert code == 1
     assert "these data have no masks" in err
