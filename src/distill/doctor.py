@@ -21,6 +21,7 @@ from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command
+from distill.config.generator import STUDENT
 from distill.data.named import expand
 from distill.machine import faults
 from distill.storage import locks
@@ -198,6 +199,11 @@ def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple
         shapes = sizes.shapes(Path(home_of(path, part), part))
         targets = cfg.student.get("targets") or targets_of(get_object(str(cfg.teacher._target_)))
         count = budget.adapters(shapes, list(targets), cfg.student.rank)
+    elif cfg.student._target_ == STUDENT:
+        from distill.students.stylegan import parameters
+
+        options = {key: x for key, x in cfg.student.items() if not str(key).startswith("_")}
+        count = parameters(sizes.config_of(path, part), options)
     found = [count * x for x in budget.trained_bytes(cfg.optimizer.student, cfg.loop)]
     if fake := cfg.optimizer.get("fake_score"):
         more = budget.trained_bytes(fake, {**cfg.loop, "ema_device": None})

@@ -85,7 +85,7 @@ SHIPPED = {
     "score_teacher": Allowed(
         inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
     ),
-    "student": Allowed(names=("distill.students.full", "distill.students.lora.lora")),
+    "student": Allowed(names=_named("distill.students", "full lora.lora stylegan.stylegan")),
     "discriminator.features": NETWORK,
     "discriminator.heads": NETWORK,
     "discriminator.condition": NETWORK,

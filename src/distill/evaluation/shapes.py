@@ -29,6 +29,7 @@ from distill.sampling import (
     FewSteps,
     distilled,
     in_precision,
+    possible_steps,
     sampler_of,
     seeded,
 )
@@ -210,7 +211,7 @@ def evaluated_samplers(
                 scales["image_guidance"] = image_guidance
             sample = partial(guided, teacher, steps=n, **scales)
         yield "teacher", n, partial(in_precision, sample, **options)
-    for n in protocol.student_steps:
+    for n in possible_steps(protocol.student_steps, student):
         sample = partial(sampler or Consistency(), student, steps=n)
         yield "student", n, partial(in_precision, sample, **options)
 

@@ -10,8 +10,7 @@
                         L_adv = -heads(fake, c_D)                                           # Eq. 2
                         L_distill = c(t) mean (x0_hat - teacher(x0_hat noised to t))^2      # Eq. 4
 
-At s = 1 only the student's input is pure noise (ours; the paper has zero terminal SNR). An eps
-network still divides by alpha_1 > 0; for v networks teacher.zero_terminal_snr sets alpha_1 = 0.
+At s = 1 the student's input is pure noise, also where alpha_1 > 0 (ours; the paper: alpha_1 = 0).
 """
 
 from dataclasses import dataclass
@@ -68,6 +67,7 @@ class ADD(Distillation):
 
     space = "pixels"  # input of the feature network
     takes_score_teacher = True  # Table 1e
+    takes_generator = True  # as a baseline: all that it asks of a student is x0 at t = 1
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ class Distillation(L.LightningModule, ABC):
     second_order = False  # whether a loss differentiates the heads twice: FSDP2 cannot shard those
     same_heads = False  # whether heads of a pool run at the same levels t on every rank
     many_steps = False  # whether its student samples in many guided steps, as its teacher does
+    takes_generator = False  # whether it can train a GAN's generator, which knows pure noise alone
     of_pairs = False  # whether its data are pairs of a winner and a loser
 
     def __init__(

@@ -129,7 +129,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
             self._prepare(pipeline.vae)
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
-        self.network, self.without = self._network(), tuple(without)
+        self.network, self.without = self._generator() or self._network(), tuple(without)
         self.network.rounds_up, self.network.draws = self.rounds_up, self.draws
         self.own_parts = {"vae": autoencoder.home} if autoencoder else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
@@ -150,6 +150,10 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
     @abstractmethod
     def _network(self) -> Network:
         """The denoiser of the loaded `pipeline`."""
+
+    def _generator(self) -> Network | None:
+        """The GAN's generator in the place of the denoiser, in families that can call one."""
+        return None
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...

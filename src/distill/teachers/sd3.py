@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
+from distill.teachers.generator import GeneratorNetwork, StyleGenerator
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
 from distill.teachers.transformer import Transformer
@@ -82,6 +83,12 @@ class SD3(PipelineTeacher):
     def _network(self) -> MMDiT:
         self._silent()
         return MMDiT(self.pipeline.transformer)
+
+    def _generator(self) -> GeneratorNetwork | None:
+        if not isinstance(self.pipeline.transformer, StyleGenerator):
+            return None
+        self._silent()
+        return GeneratorNetwork(self.pipeline.transformer)
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
         if self.pipeline.text_encoder_3 is None:  # then no encoder reads more than CLIP's 77 tokens

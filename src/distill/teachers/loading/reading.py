@@ -21,7 +21,9 @@ from distill.storage.bounded import mapping_of
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.teachers.families import Family
+from distill.teachers.generator import StyleGenerator
 from distill.teachers.loading.locate import (
+    GENERATOR,
     INDEX,
     PICKLED,
     STUDENT_INFO,
@@ -243,6 +245,9 @@ def pipeline_classes(
             classes[name] = NoneType
             continue
         if tuple(pair) in SCHEDULERS:
+            continue
+        if pair == GENERATOR:
+            classes[name] = StyleGenerator
             continue
         library, found = pair
         module = LIBRARIES.get(library) or own_package(library, expected)
