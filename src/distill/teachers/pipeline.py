@@ -279,7 +279,8 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
 
     @property
     def device(self) -> torch.device:
-        return next(p.device for p in self.parameters() if not p.is_meta)
+        devices = (p.device for p in self.parameters() if not p.is_meta)
+        return next(devices, torch.device("meta"))
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)

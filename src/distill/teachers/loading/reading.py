@@ -13,10 +13,12 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from distill.core.limits import check_dtype
 from distill.machine.faults import first_line, quiet_logging
+from distill.machine.meta_device import is_shapes_only
 from distill.storage.bounded import mapping_of
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
@@ -277,6 +279,8 @@ def read_network(
         )
     check_part(folder, f"{key}={path}")
     refuse_quantised(mapping_of(folder / "config.json"), f"{key}={path}: its {part}/")
+    if is_shapes_only():
+        return without_weights(network, folder, options["dtype"])
     options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):
@@ -295,6 +299,29 @@ def read_network(
     check_all_loaded(report, f"{key}={path}: {part}/", network.__name__)
     check_finite(model, f"{key}={path}: {part}/")
     return model
+
+
+def without_weights(network: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The network of this configuration on meta tensors; of its files config.json alone is read."""
+    with torch.device("meta"):
+        if issubclass(network, transformers.PreTrainedModel):
+            config = network.config_class.from_pretrained(folder)
+            model = network._from_config(config)
+        else:
+            model = network.from_config(network.load_config(folder))
+    # Not the model's own `to`, which warns of modules to keep in float32. Tables that NumPy made
+    # are on the CPU.
+    return nn.Module.to(model, device="meta", dtype=dtype).eval()
+
+
+def stored(folder: Path, name: str) -> Tensor | None:
+    """One tensor of the safetensors files of a folder, or None."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            if name in opened.keys():  # noqa: SIM118
+                found: Tensor = opened.get_tensor(name)
+                return found
+    return None
 
 
 def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
