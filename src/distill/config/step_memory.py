@@ -57,6 +57,7 @@ def of_step(cfg: DictConfig, kind: Kind) -> StepMemory:
     half = cfg.trainer.precision == "bf16-mixed"
     with shapes_only(), meta_device(kind):
         teacher = teacher_of(cfg)
+        teacher._warned = True  # of captions that are too long, as CAPTION may be
         batch = _batch(cfg, teacher)
         method = _method(cfg, teacher)
         if set(batch) & set(EMBEDDED):
@@ -69,16 +70,29 @@ def of_step(cfg: DictConfig, kind: Kind) -> StepMemory:
         gc.collect()
         with torch.autocast("meta") if half else nullcontext(), counter:
             method.training_step(batch, 0)
-        beside = before - _bytes(_frozen(method))  # what frozen weights left on the host
+        freed = before - _bytes(_frozen(method))
+    waiting = players.host + _beside(method, before, freed, half)
     if kind != "cpu":
-        return StepMemory(held, counter.most, players.host + (before if beside else 0))
-    held["waiting on the host"] = players.host + _waiting(beside, before, half)
-    return StepMemory(held, counter.most + held["waiting on the host"])
+        return StepMemory(held, counter.most, waiting)
+    held["waiting on the host"] = waiting
+    return StepMemory(held, counter.most + waiting)
 
 
-def _waiting(beside: int, before: int, half: bool) -> int:
-    """Bytes of frozen weights that wait on the host while others take their place."""
-    return beside
+def _beside(method: Any, before: int, freed: int, half: bool) -> int:
+    """Bytes of the frozen weights, or of what rounding took, that wait on the CPU to be restored.
+
+    Of halved weights half of their size; of quantised ones all that they were.
+    """
+    networks = method._frozen_networks("hold_quantized")
+    originals = 0
+    for network in networks:
+        layers = [m for m in network.network.model.modules() if hasattr(m, "codes")]
+        width = {layer: layer.dtype.itemsize for layer in layers}
+        codes = sum(m.codes.nbytes + m.scale.nbytes for m in layers)
+        own = sum(m.shape.numel() * width[m] for m in layers)
+        originals += own
+        freed -= own - codes
+    return originals + (freed if half else 0)
 
 
 # -- building --------------------------------------------------------------------------------------
@@ -114,6 +128,8 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         batch |= {key: empty(count, *x.shape[1:]) for key, x in shards.null.items()}
         if data.get("seeded"):
             batch["noise"] = torch.empty_like(batch["x0"])
+        if data.get("embed_once") and not shards.null:
+            batch |= teacher.embed(batch["caption"]).tensors()
     elif name != "prompts":
         cells = teacher.unit // teacher.patch
         sides = _largest(data.get("buckets")) or [data.get("size") or 0] * 2

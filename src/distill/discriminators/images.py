@@ -153,7 +153,8 @@ def _read(path: str) -> Any:
     try:
         if is_shapes_only():
             with torch.device("meta"):
-                return AutoModel.from_config(AutoConfig.from_pretrained(path, **NO_CODE))
+                config = AutoConfig.from_pretrained(path, local_files_only=True, **NO_CODE)
+                return AutoModel.from_config(config)
         model, report = AutoModel.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **NO_CODE
         )

@@ -215,15 +215,24 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def _load_deferred(self, kind: str) -> None:
-        """Load the deferred parts of this kind that are not loaded yet."""
+        """Load the deferred parts of this kind that are not loaded yet. Others follow the teacher,
+        which may have moved since.
+        """
         for name, read in self.pipeline.deferred.items():
-            if name.startswith(kind) and name not in self._loaded_parts:
-                self._loaded_parts.add(name)
-                with stage(f"loading the teacher's {name}, which cached data do not need"):
-                    part = read().eval().requires_grad_(False).to(self.device)
-                if name == "vae":
-                    self._prepare(part)
-                setattr(self.pipeline, name, part)
+            if not name.startswith(kind):
+                continue
+            if name in self._loaded_parts:
+                part = getattr(self.pipeline, name)
+                if part is not None and next(part.parameters()).device != self.device:
+                    part.to(self.device)
+                continue
+            self._loaded_parts.add(name)
+            with stage(f"loading the teacher's {name}, which cached data do not need"):
+                part = read().eval().requires_grad_(False).to(self.device)
+            if name == "vae":
+                self._prepare(part)
+            setattr(self.pipeline, name, part)
+            check_parts(str(self.folder), self.pipeline.components)
 
     def release(self) -> None:
         """Remove the deferred parts that were loaded since."""
