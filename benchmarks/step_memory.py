@@ -139,7 +139,9 @@ def table(wanted: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         found = [line.split() for line in done.stdout.splitlines() if "MiB" in line]
         if done.returncode or len(found) < 6:
-            print(f"| {name} | failed: {(done.stderr.strip().splitlines() or [''])[-1]} |", flush=True)
+            print(
+                f"| {name} | failed: {(done.stderr.strip().splitlines() or [''])[-1]} |", flush=True
+            )
             continue
         held, _, peak, counted_held, counted = (float(words[0]) for words in found[:5])
         numbers = f"{counted_held:.0f} | {held:.0f} | {counted:.0f} | {peak:.0f}"

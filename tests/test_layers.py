@@ -35,7 +35,10 @@ LAYERS = {
     "config": {
         "config", "training.resuming", "training.run_folders",
     },
-    "building": {"config.build", "config.fitting", "config.models", "training.loggers"},
+    "building": {
+        "config.build", "config.fitting", "config.models", "config.step_memory",
+        "training.loggers",
+    },
     "commands": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion",
         "config.errors", "data.begun_job",

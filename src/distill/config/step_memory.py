@@ -9,7 +9,6 @@ import gc
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +27,7 @@ from distill.machine.memory import Counter
 from distill.machine.meta_device import META, Kind, meta_device, shapes_only
 
 CAPTION = "a photograph of a red fox in the snow at dawn, its breath a small cloud before it"
+LATER = 10**7  # an iteration after all starts
 OPTIMIZER_OF = {"g": "student", "d": "discriminator", "f": "fake_score"}  # of each player
 
 
@@ -65,6 +65,8 @@ def of_step(cfg: DictConfig, kind: Kind) -> StepMemory:
         before = _bytes(_frozen(method))
         _hold(method, half)
         players = _Players(method, cfg, kind)
+        # After the head start and all warm starts, in an iteration in which R1 is due.
+        method.loop.iteration = LATER * int(getattr(method, "r1_every", 1))
         counter = Counter("meta")
         held = {name: counter.hold(of) for name, of in _parts(method, players, batch).items()}
         gc.collect()

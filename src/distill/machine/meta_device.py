@@ -246,9 +246,7 @@ def _to_host(args: Any, given: Any) -> bool:
     if len(args) == 1 and not given:  # Tensor.cpu
         return True
     wanted = [*args[1:], given.get("device")]
-    return any(
-        x == "cpu" or (isinstance(x, torch.device) and x.type == "cpu") for x in wanted
-    )
+    return any(x == "cpu" or (isinstance(x, torch.device) and x.type == "cpu") for x in wanted)
 
 
 def _dtype_of(args: Any, given: Any) -> torch.dtype:

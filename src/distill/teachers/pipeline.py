@@ -215,24 +215,18 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def _load_deferred(self, kind: str) -> None:
-        """Load the deferred parts of this kind that are not loaded yet. Others follow the teacher,
-        which may have moved since.
-        """
-        for name, read in self.pipeline.deferred.items():
-            if not name.startswith(kind):
-                continue
-            if name in self._loaded_parts:
-                part = getattr(self.pipeline, name)
-                if part is not None and next(part.parameters()).device != self.device:
-                    part.to(self.device)
-                continue
-            self._loaded_parts.add(name)
-            with stage(f"loading the teacher's {name}, which cached data do not need"):
-                part = read().eval().requires_grad_(False).to(self.device)
-            if name == "vae":
-                self._prepare(part)
-            setattr(self.pipeline, name, part)
-            check_parts(str(self.folder), self.pipeline.components)
+        """Load the deferred parts of this kind. Loaded ones follow the teacher to its device."""
+        for name in [name for name in self.pipeline.deferred if name.startswith(kind)]:
+            if name not in self._loaded_parts:
+                self._loaded_parts.add(name)
+                with stage(f"loading the teacher's {name}, which cached data do not need"):
+                    part = self.pipeline.deferred[name]().eval().requires_grad_(False)
+                if name == "vae":
+                    self._prepare(part)
+                setattr(self.pipeline, name, part)
+                check_parts(str(self.folder), self.pipeline.components)
+            if (part := getattr(self.pipeline, name)) is not None:
+                part.to(self.device)
 
     def release(self) -> None:
         """Remove the deferred parts that were loaded since."""
@@ -288,8 +282,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
 
     @property
     def device(self) -> torch.device:
-        devices = (p.device for p in self.parameters() if not p.is_meta)
-        return next(devices, torch.device("meta"))
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)
