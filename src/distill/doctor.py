@@ -12,7 +12,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -206,7 +206,9 @@ def step_memory(cfg: DictConfig) -> tuple[Any, str]:
 
     cfg = cfg.copy()
     kind = device(cfg.trainer.get("accelerator") or "auto").type
-    with faults.quiet_logging(), redirect_stderr(StringIO()), warnings.catch_warnings():
+    said = StringIO()
+    quiet = (redirect_stdout(said), redirect_stderr(said))
+    with faults.quiet_logging(), quiet[0], quiet[1], warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             build.settle_precision(cfg)
