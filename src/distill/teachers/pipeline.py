@@ -247,12 +247,9 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         """
         self._load_deferred("text_encoder")
         network = getattr(model, "network", model)
-        values = [
-            getattr(network, "shift", None),
-            getattr(network, "guidance", None),
-            network.prediction,
-        ]
-        values += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
+        alphas = network.process.alpha(torch.linspace(0, 1, 9)).tolist()
+        values = [getattr(network, key, None) for key in ("shift", "guidance")]
+        values += [network.prediction, alphas]
         # keys that start with _ are set by diffusers, and their lists have no fixed order
         if scheduled:
             values += sorted(

@@ -13,8 +13,7 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from distill.core.limits import check_dtype
 from distill.machine.faults import first_line, quiet_logging
@@ -37,6 +36,7 @@ from distill.teachers.loading.locate import (
     no_model,
 )
 from distill.teachers.loading.settings import check_settings, in_folder, lacking, refuse_quantised
+from distill.teachers.loading.shapes_only import without_weights
 
 OURS = "distill.teachers.schedulers"  # module of these schedulers
 SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
@@ -299,29 +299,6 @@ def read_network(
     check_all_loaded(report, f"{key}={path}: {part}/", network.__name__)
     check_finite(model, f"{key}={path}: {part}/")
     return model
-
-
-def without_weights(network: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The network of this configuration on meta tensors; of its files config.json alone is read."""
-    with torch.device("meta"):
-        if issubclass(network, transformers.PreTrainedModel):
-            config = network.config_class.from_pretrained(folder)
-            model = network._from_config(config)
-        else:
-            model = network.from_config(network.load_config(folder))
-    # Not the model's own `to`, which warns of modules to keep in float32. Tables that NumPy made
-    # are on the CPU.
-    return nn.Module.to(model, device="meta", dtype=dtype).eval()
-
-
-def stored(folder: Path, name: str) -> Tensor | None:
-    """One tensor of the safetensors files of a folder, or None."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            if name in opened.keys():  # noqa: SIM118
-                found: Tensor = opened.get_tensor(name)
-                return found
-    return None
 
 
 def variant_of(folder: Path, asked: str | None, key: str) -> str | None:
