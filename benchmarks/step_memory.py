@@ -136,7 +136,7 @@ def table(wanted: list[str]) -> None:
         if wanted and name not in wanted:
             continue
         command = [sys.executable, __file__, *words]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
         found = [line.split() for line in done.stdout.splitlines() if "MiB" in line]
         if done.returncode or len(found) < 6:
             print(

@@ -334,7 +334,9 @@ def test_shapes_are_evaluated_at_other_sizes(command, pipelines, tmp_path):
     code, out, err = command(*asked, "metrics.size=[96,48]")
     assert code == 0, err
     assert "render accuracy" in out
-    square, wide = results_in(json.loads((tmp_path / "out" / "evaluation.json").read_text()))
+    square, wide = results_in(
+        json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    )
     if "render_accuracy" in square["rows"][0]:
         square, wide = wide, square
     assert wide["rows"][0]["render_accuracy"] == 1.0

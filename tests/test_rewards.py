@@ -179,7 +179,8 @@ def test_prompts_are_scored_by_both(places, command, pipelines, tmp_path):
     words += ["metrics.measures=[image_reward,aesthetic]", f"out={tmp_path / 'out'}"]
     code, _, err = command("evaluate", f"run={pictures}", *words)
     assert code == 0, err
-    (row,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
+    written = (tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8")
+    (row,) = json.loads(written)["rows"]
     outcomes = {key: list(map(float, text.split())) for key, text in row["outcomes"].items()}
     network = rewards.ImageReward(str(places["reward"]), processor=str(places["bert"]))
     network.load()

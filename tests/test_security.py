@@ -338,7 +338,8 @@ def test_a_pipelines_parts_do_not_bring_code(family, named, tmp_path, capsys):
     index |= {part: ["transformers", kind] for part, kind in named.items()}
     for part in named or ("text_encoder", "tokenizer"):
         config = folder / part / "config.json"
-        config.write_text("{}" if part == "tokenizer" else config.read_text(encoding="utf-8"))
+        text = "{}" if part == "tokenizer" else config.read_text(encoding="utf-8")
+        config.write_text(text, encoding="utf-8")
         owns(folder / part, owned)
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with suppress(ValueError):  # whatever it says of such a folder

@@ -83,7 +83,7 @@ def test_the_count_is_within_a_tenth_of_what_was_measured(words):
     script = ROOT / "benchmarks" / "step_memory.py"
     given = ["teacher=shapes", "data.batch_size=4", "data.num_workers=0", *words]
     done = subprocess.run(
-        [sys.executable, str(script), *given], capture_output=True, text=True, check=True
+        [sys.executable, str(script), *given], capture_output=True, encoding="utf-8", check=True
     )
     found = {}
     for line in done.stdout.splitlines():
