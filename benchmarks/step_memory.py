@@ -1,16 +1,23 @@
-"""Memory of a training step: what is held between steps, and the peak within one.
+"""Memory of a training step: what is held between steps, the peak within one, and what
+`python -m distill.doctor` predicts of both.
 
     python benchmarks/step_memory.py [any overrides of distill.run]
+    python benchmarks/step_memory.py table [words of the rows to run]
 
 Without `teacher=` it trains a UNet of SD 1.5's layout with 37.5 M random weights on latents of
 4x16x16, 8 a step, by LADD without the distillation term. On a CPU, tensors are counted as the
 allocator reports them to torch's profiler, and the process by its peak of resident memory, from
-before anything was built. On a GPU the peak is that of torch's allocator.
+before anything was built. On a GPU the peak is that of torch's allocator. Optimisers have their
+states from the first step on, as after many.
+
+`table` does so for the methods and options that matter, each in a process of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -25,29 +32,36 @@ from common import composed, fit, unet_overrides
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from distill.config import build
+from distill.config import build, step_memory
 from distill.machine.hardware import hardware
 
 MIB = 2**20
-STEPS = 4
-
-
-def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct tensors."""
-    return sum(t.nbytes for t in {t.data_ptr(): t for t in tensors}.values())
+STEPS = 3
 
 
 class Peak(L.Callback):
-    """The bytes of tensors between two steps, and the most that the last step adds to them."""
+    """The bytes of tensors between two steps, and the most that the last step adds to them.
 
-    def __init__(self) -> None:
-        self.held: dict[str, int] = {}
-        self.added = 0
-        self._profile: Any = None
+    Args:
+        data: whose tensors do not count.
+    """
+
+    def __init__(self, data: Any = None) -> None:
+        self.held = self.added = 0
+        self._data, self._profile = data, None
+
+    def on_train_start(self, trainer: L.Trainer, method: Any) -> None:
+        for optimizer in trainer.optimizers:  # a step without effect makes the states
+            every = [p for group in optimizer.param_groups for p in group["params"]]
+            own = getattr(optimizer, "_own", every)
+            for p in own:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, method: Any, *_: Any) -> None:
         if method.step == STEPS - 1:
-            self.held = held(trainer, method)
+            self.held = alive() - size(tensors_in(vars(self._data) if self._data else {}))
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.__enter__()
 
@@ -60,41 +74,114 @@ class Peak(L.Callback):
         self.added = max(0, *itertools.accumulate(e.nbytes() for e in changes))
 
 
-def held(trainer: L.Trainer, method: Any) -> dict[str, int]:
-    trained = [*method.student.parameters(), *method.heads.parameters()]
-    moments = [v for o in trainer.optimizers for s in o.state.values() for v in s.values()]
-    return {
-        "teacher": size(method.teacher.parameters()),
-        "student": size(method.student.parameters()),
-        "heads": size(method.heads.parameters()),
-        "moments": size(v for v in moments if isinstance(v, Tensor)),
-        "average": size(method.ema.state_dict().values()),
-        "gradients": size(p.grad for p in trained if p.grad is not None),
-    }
+def alive() -> int:
+    """Bytes of all tensors of this process that Python knows."""
+    gc.collect()
+    return size(x for x in gc.get_objects() if isinstance(x, Tensor))
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of tensors."""
+    storages = (x.untyped_storage() for x in tensors if x.layout is torch.strided)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def tensors_in(values: dict[str, Any]) -> Iterable[Tensor]:
+    for value in values.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from tensors_in(value)
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+SHAPES = ["teacher=shapes", "data.batch_size=4", "data.num_workers=0", "~metrics"]
+UNET = ["data.batch_size=2"]
+ADD = [
+    *("teacher=shapes_unet", "data=renders", "data.batch_size=4", "~metrics"),
+]
+OPTIONS = {
+    "": [],
+    "checkpointing": ["student.checkpointing=true"],
+    "LoRA": ["student=lora"],
+    "LoRA, checkpointing": ["student=lora", "student.checkpointing=true"],
+    "LoRA, int8": ["student=lora", "teacher.quantize=int8"],
+    "LoRA, nf4, adamw8bit": ["student=lora", "teacher.quantize=nf4", "optimizer=adamw8bit"],
+}
+PRECISIONS = ("32-true", "bf16-mixed")
+RUNS = {
+    "ladd, shapes": [*SHAPES, "method=ladd"],
+    "nitrofusion, shapes": [*SHAPES, "method=nitrofusion"],
+    "dmd2, shapes": [*SHAPES, "method=dmd2"],
+    "add, shapes": [*SHAPES, "method=add", "data=renders", "data.size=64"],
+    "ladd, UNet 37.5 M": [*UNET, "method=ladd"],
+    "nitrofusion, UNet 37.5 M": [*UNET, "method=nitrofusion"],
+    "dmd2, UNet 37.5 M": [*UNET, "method=dmd2"],
+}
+
+
+def rows() -> Iterable[tuple[str, list[str]]]:
+    for run, words in RUNS.items():
+        for option, more in OPTIONS.items():
+            for precision in PRECISIONS:
+                named = ", ".join(filter(None, (run, option, precision)))
+                yield named, [*words, *more, f"trainer.precision={precision}"]
+
+
+def table(wanted: list[str]) -> None:
+    print("| run | held, counted | measured | peak, counted | measured | quotient |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, words in rows():
+        if wanted and name not in wanted:
+            continue
+        command = [sys.executable, __file__, *words]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        found = [line.split() for line in done.stdout.splitlines() if "MiB" in line]
+        if done.returncode or len(found) < 6:
+            print(
+                f"| {name} | failed: {(done.stderr.strip().splitlines() or [''])[-1]} |", flush=True
+            )
+            continue
+        held, _, peak, counted_held, counted = (float(words[0]) for words in found[:5])
+        numbers = f"{counted_held:.0f} | {held:.0f} | {counted:.0f} | {peak:.0f}"
+        print(f"| {name} | {numbers} | {counted / peak:.3f} |", flush=True)
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["table"]:
+        table(sys.argv[2:])
+        return
     if not torch.cuda.is_available():
         resident.peak()  # a system that does not tell it ends here, before any work
     with tempfile.TemporaryDirectory() as folder:
         own = any(word.startswith("teacher=") for word in sys.argv[1:])
         given = [] if own else unet_overrides(Path(folder))
-        cfg, peak = composed([*given, *sys.argv[1:]]), Peak()
+        cfg = composed([*given, *sys.argv[1:]])
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        counted = step_memory.of_step(cfg, kind)
+        gc.collect()
         before = psutil.Process().memory_info().rss
         source, method = build.build_training(cfg)
+        peak = Peak(source.dataset)
         trainable = sum(p.numel() for p in method.student.parameters())
         fit(cfg, method, source, STEPS, *([] if torch.cuda.is_available() else [peak]))
     print(f"{hardware()}; {torch.get_num_threads()} threads, {cfg.trainer.precision}")
     print(f"torch {torch.__version__}, {trainable / 1e6:.1f} M parameters trained by the student")
     if torch.cuda.is_available():
         print(f"{torch.cuda.max_memory_allocated() / MIB:8.0f} MiB  peak of the allocator")
-        return
-    for name, count in peak.held.items():
-        print(f"{count / MIB:8.0f} MiB  {name}")
-    print(f"{peak.added / MIB:8.0f} MiB  at most within a step, on top")
-    print(f"{(sum(peak.held.values()) + peak.added) / MIB:8.0f} MiB  tensors at the peak")
-    added = resident.peak() - before
-    print(f"{added / MIB:8.0f} MiB  peak of the process, over what it had before")
+    else:
+        print(f"{peak.held / MIB:8.0f} MiB  tensors between steps")
+        print(f"{peak.added / MIB:8.0f} MiB  at most within a step, on top")
+        print(f"{(peak.held + peak.added) / MIB:8.0f} MiB  tensors at the peak")
+    print(f"{sum(counted.held.values()) / MIB:8.0f} MiB  between steps, as counted before")
+    print(f"{counted.peak / MIB:8.0f} MiB  at the peak, as counted before")
+    for name, count in counted.held.items():
+        if count:
+            print(f"{count / MIB:12.0f} MiB  {name}")
+    if not torch.cuda.is_available():
+        added = resident.peak() - before
+        print(f"{added / MIB:8.0f} MiB  peak of the process, over what it had before")
 
 
 if __name__ == "__main__":

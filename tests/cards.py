@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +20,22 @@ def code(folder: Path) -> str:
     return found
 
 
-def drawn(folder: Path, prompt: str, *, steps: int, seed: int) -> torch.Tensor:
+def drawn(
+    folder: Path, prompt: str, *, steps: int, seed: int, source: Path | None = None, **filled: Any
+) -> torch.Tensor:
     """The picture of the card's code, [H, W, 3] in [0, 1], or its video [F, H, W, 3]: nothing is
-    changed but what a user fills in.
+    changed but what a user fills in. An editor edits the picture in the file `source`; `filled` are
+    the names that the code takes as given.
     """
-    filled, text = {}, code(folder)
-    for theirs, ours in {
+    text = code(folder)
+    places = {
         '"<this folder>"': repr(str(folder)),
         '"a prompt"': repr(prompt),
         "manual_seed(0)": f"manual_seed({seed})",
-    }.items():
+    }
+    if source is not None:
+        places['"<a picture>"'] = repr(str(source))
+    for theirs, ours in places.items():
         assert text.count(theirs) == 1, (theirs, text)
         text = text.replace(theirs, ours)
     text, count = re.subn(r"^steps = \d$", f"steps = {steps}", text, flags=re.M)

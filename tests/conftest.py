@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 LONGEST = (  # files, the longest first: one that is begun last keeps one worker busy, and no other
-    *("distributed", "kill", "kills", "launch", "pretrain", "stopping", "first_mile", "making"),
+    *("distributed", "contracts", "kill", "kills", "launch", "pretrain", "stopping"),
+    *("first_mile", "making"),
     *("readme", "learning", "portable", "api", "export", "resume", "bad_input", "words", "conf"),
     *("every_key", "quick_answers", "speed", "engine", "waiting", "notebooks", "methods", "lora"),
 )
@@ -61,6 +63,26 @@ def teachers(pipelines) -> Callable[[str], Any]:
         return made[family]
 
     return teacher
+
+
+@pytest.fixture(scope="session")
+def family_folders(tmp_path_factory) -> Callable[[str], Path]:
+    """Family of the table in `families` -> the folder of its random pipeline."""
+    import families
+
+    @cache
+    def folder(family: str) -> Path:
+        return families.write(family, tmp_path_factory.mktemp("families") / family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_teachers(family_folders) -> Callable[[str], Any]:
+    """Family of the table -> its teacher, which is frozen."""
+    import families
+
+    return cache(lambda family: families.teacher_of(family, family_folders(family)))
 
 
 @pytest.fixture(params=FAMILIES)

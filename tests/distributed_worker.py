@@ -10,14 +10,12 @@ import os
 import traceback
 import warnings
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-import families
 import tiny  # beside this script, hence on the path
 from distill.core.score_distillation import ScoreDistillation, TeacherSamples
 from distill.core.tensors import gather
@@ -110,12 +108,7 @@ def train(asked: dict, file: Path) -> None:
     }
     if "score_teacher" in asked:
         options["score_teacher"] = SD(asked[asked["score_teacher"]])
-    family = asked.get("family")
-    if family in families.OTHERS:
-        own = families.OF_FLUX if family.startswith("flux") else {}
-        teacher = families.teacher_at(Path(asked["teacher"]), **own)
-    else:
-        teacher = (SD if family == "unet" else SD3)(asked["teacher"])
+    teacher = (SD if asked.get("family") == "unet" else SD3)(asked["teacher"])
     method = make(teacher, **options)
     for module in (
         method.heads.modules()
@@ -156,12 +149,7 @@ def train(asked: dict, file: Path) -> None:
         if resume
         else 0
     )
-    kinds = {
-        "source": partial(source.pairs, size=64),
-        "mask": partial(source.images, size=64, masks=True),
-    }
-    read = kinds.get(teacher.image, source.latents)
-    loader = read(asked["data"], batch_size=2).loader(
+    loader = source.latents(asked["data"], batch_size=2).loader(
         seed=0, rank=rank, world=asked["processes"], start=start
     )
     trainer.fit(method, loader, ckpt_path=resume, weights_only=True)

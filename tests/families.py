@@ -118,7 +118,7 @@ def sized(length: int) -> dict[str, Any]:
 def write(family: str, folder: Path) -> Path:
     """Write the pipeline of a family, of `FAMILIES` or of `OTHERS`, into a folder."""
     torch.manual_seed(0)
-    pipeline = FAMILIES[family].write() if family in FAMILIES else OTHERS[family]()
+    pipeline = (FAMILIES | OTHERS)[family].write()
     pipeline.save_pretrained(folder)
     return folder
 
@@ -136,6 +136,20 @@ def teacher_at(folder: Path, **options: Any) -> Any:
 
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return teacher_class(index["_class_name"])(str(folder), **options)
+
+
+def heard(teacher: Any, *inputs: Any) -> dict[str, Any]:
+    """What each of a teacher's tapped modules returns in one pass of its network."""
+    found: dict[str, Any] = {}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, n=name: found.__setitem__(n, output))
+        for name, (module, _) in teacher.network.tappable().items()
+    ]
+    with torch.no_grad():
+        teacher.x0(*inputs)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def clip(width: int, kind: type = transformers.CLIPTextModelWithProjection) -> dict[str, Any]:
@@ -908,23 +922,66 @@ FAMILIES = {
         slow=True,
     ),
 }
-OTHERS = {
-    "auraflow": auraflow,
-    "flux_fill": flux_fill,
-    "flux_kontext": flux_kontext,
-    "instruct_pix2pix": instruct_pix2pix,
-    "instruct_pix2pix_xl": instruct_pix2pix_xl,
-    "pixart_alpha_1024": pixart_alpha_1024,
-    "sd3_inpaint": sd3_inpaint,
-    "sd_inpaint": sd_inpaint,
-    "sdxl_inpaint": sdxl_inpaint,
-    "wan": wan,
-}
-EDITORS = ("instruct_pix2pix", "instruct_pix2pix_xl")
-# Further options of their teachers, and arguments of their pipelines for small pictures.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    """What the tests know about a family that has a file of its own.
+
+    write: makes its pipeline with tiny random weights.
+    option: its option of the group `teacher`; None without one.
+    options: further options of its teacher.
+    reads: what its data hold beside pictures and captions: masks, sources, or nothing.
+    """
+
+    write: Callable[[], Any]
+    option: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads: str | None = None
+
+
+# Further options of FLUX's teachers, and arguments of their pipelines for small pictures.
 OF_FLUX = {"size": tiny.SIDE, "length": 64}
 CALL_OF_FLUX = {"max_sequence_length": 64, **SMALL}
+OF_WAN = {"frames": 9, "height": 32, "width": 48, "length": 24}
+OTHERS = {
+    "auraflow": Other(write=auraflow),
+    "flux_fill": Other(write=flux_fill, option="flux_fill", options=OF_FLUX, reads="masks"),
+    "flux_kontext": Other(
+        write=flux_kontext, option="flux_kontext", options=OF_FLUX, reads="sources"
+    ),
+    "instruct_pix2pix": Other(write=instruct_pix2pix, option="instruct_pix2pix", reads="sources"),
+    "instruct_pix2pix_xl": Other(
+        write=instruct_pix2pix_xl,
+        option="sdxl_instruct_pix2pix",
+        options={"size": tiny.SIDE},
+        reads="sources",
+    ),
+    "pixart_alpha_1024": Other(write=pixart_alpha_1024),
+    "sd3_inpaint": Other(write=sd3_inpaint, option="sd3_inpaint", reads="masks"),
+    "sd_inpaint": Other(write=sd_inpaint, option="sd_inpaint", reads="masks"),
+    "sdxl_inpaint": Other(write=sdxl_inpaint, option="sdxl_inpaint", reads="masks"),
+    "wan": Other(write=wan, option="wan", options=OF_WAN),
+}
+EDITORS = ("instruct_pix2pix", "instruct_pix2pix_xl")
 INPAINTERS = ("sd_inpaint", "sdxl_inpaint", "sd3_inpaint", "flux_fill")
+TRAINED = (*FAMILIES, *(name for name, row in OTHERS.items() if row.option))
+
+
+def words_of(family: str, folder: Path) -> list[str]:
+    """A family's teacher at this folder, as a user asks for it."""
+    if family in FAMILIES:
+        row = FAMILIES[family]
+        option, more = row.named[0], list(row.words)
+    else:
+        other = OTHERS[family]
+        option, more = other.option, [f"teacher.{k}={v}" for k, v in other.options.items()]
+    return [f"teacher={option}", f"teacher.path={folder}", "teacher.dtype=float32", *more]
+
+
+def teacher_of(family: str, folder: Path, **options: Any) -> Any:
+    """The teacher of a family's folder, with the further options of its row."""
+    return teacher_at(folder, **{**(FAMILIES | OTHERS)[family].options, **options})
 
 
 def marks(family: str) -> Any:

@@ -106,6 +106,8 @@ def png(width, height) -> bytes:
         ("max_steps=3", "max_steps: no such key (did you mean trainer.max_steps?)"),
         ("debugg=smoke", "debugg: no such key (did you mean debug?)"),
         ("~metric", "~metric: there is no such key (did you mean metrics?); leave it out"),
+        ("~data.limit", "~data.limit: there is no such key, or it is null already; leave this out"),
+        ("~seed=7", "~seed=7: it has another value; write ~seed"),
         ("data.buckets=[[64,64]", "data.buckets=[[64,64]: cannot be read as key=value"),
         ("na me=a", "na me=a: cannot be read as key=value"),
         (

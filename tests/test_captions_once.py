@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import lightning as L
@@ -214,3 +216,39 @@ def test_of_several_captions_the_first_that_is_too_long_is_named(teacher):
     )
     assert teacher.unread([long.strip()]) is not None
     assert teacher.unread(["a" * 3, ""]) is None
+
+
+def test_nothing_holds_text_encoders_whose_captions_are_embedded(
+    command, pipelines, shards, tmp_path, monkeypatch
+):
+    """From the first step on; pictures of other prompts and the student's folder come after it."""
+    from transformers import CLIPTextModelWithProjection
+
+    from distill.training.loop import TwoPlayerLoop
+
+    made: list[weakref.ref] = []
+    init, step = CLIPTextModelWithProjection.__init__, TwoPlayerLoop.training_step
+    alive: list[int] = []
+
+    def counted(self, *args, **options):
+        init(self, *args, **options)
+        made.append(weakref.ref(self))
+
+    def stepped(self, method, batch):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        return step(self, method, batch)
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "__init__", counted)
+    monkeypatch.setattr(TwoPlayerLoop, "training_step", stepped)
+    words = [
+        "debug=smoke", f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", "~metrics",
+        "data.batch_size=4", "trainer.max_steps=12", "data.embed_once=true", "~logger",
+        "callbacks.samples.prompts=[a black cat,a white dog]", "callbacks.samples.every=4",
+    ]  # fmt: skip
+    run = tmp_path / "run"
+    assert command("run", *words, f"run_dir={run}")[0] == 0
+    assert made
+    assert alive == [0] * 12
+    assert (run / "samples" / "step_000012.png").is_file()
+    assert (run / "student" / "text_encoder" / "model.safetensors").is_file()

@@ -18,7 +18,8 @@ import torch
 import yaml
 from torchvision.utils import save_image
 
-from distill.evaluation.results import packed
+from distill.evaluation.categories import with_categories
+from distill.evaluation.results import outcomes_of, packed
 from distill.evaluation.tables import as_markdown
 from distill.report import write_report
 from distill.report.along_runs import curves_of
@@ -489,6 +490,51 @@ def test_a_judge_gives_win_rates_and_ratings(judged, command, tmp_path):
     ends = ("value", "low", "high")
     assert [same[end] for end in ends] == pytest.approx([float(one[end]) for end in ends])
     assert {r["model"] for r in verdict["elo"]} == {m for pair in found for m in pair}
+
+
+def test_categories_of_prompts_are_compared_one_by_one(judged, command, tmp_path):
+    """Right are the first 80 and the first 40 % of 200 prompts, which are in three categories."""
+    judged("ladd", LADD, (0.8, 0.8, 0.8))
+    judged("add", ADD, (0.4, 0.4, 0.4))
+    labels = ["Colors"] * 80 + ["Counting"] * 110 + ["Rare | words"] * 10
+    for file in (tmp_path / "runs").glob("*/evaluation.json"):
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        numbers = [outcomes_of(row) for row in evaluation["rows"]]
+        pairs = zip(evaluation["rows"], numbers, strict=True)
+        evaluation["rows"] = [with_categories(row, single, labels) for row, single in pairs]
+        few = evaluation["rows"][0]["by_category"]["Rare | words"]
+        assert (few["prompts"], few["few"]) == (10, True)
+        file.write_text(json.dumps(evaluation), encoding="utf-8")
+    out = tmp_path / "out"
+    code, _, err = command("compare", f"runs={tmp_path}/runs", "judge=reader", f"out={out}")
+    assert code == 0, err
+    table = (out / "compare.md").read_text(encoding="utf-8")
+    lines = [line for line in table.splitlines() if "LADD" in line and "| 1 |" in line]
+    assert any(
+        "| Colors | 80 |" in line and "| 100.0% | [100.0%, 100.0%]" in line for line in lines
+    )
+    counting = next(line for line in lines if "| Counting | 110 |" in line)
+    assert f"| {80 / 110:.1%} |" in counting
+    assert any("Rare \\| words (few) | 10 |" in line for line in lines)
+    assert "fewer than 20 prompts" in table
+    assert "By category" in (out / "compare.html").read_text(encoding="utf-8")
+    (verdict,) = json.loads((out / "wins.json").read_text(encoding="utf-8"))["verdicts"]
+    rates = {
+        w["category"]: w
+        for w in verdict["by_category"]
+        if w["model"].endswith("1 step") and w["against"].endswith("1 step")
+    }
+    wins = {name: max(w["value"], 1 - w["value"]) for name, w in rates.items()}
+    assert wins["Colors"] == pytest.approx(0.5)  # both are right
+    assert wins["Counting"] == pytest.approx(0.5 + 0.5 * 80 / 110)
+    assert rates["Counting"]["low"] < rates["Counting"]["value"] < rates["Counting"]["high"]
+    assert [rates[name]["few"] for name in dict.fromkeys(labels)] == [False, False, True]
+    text = (out / "wins.md").read_text(encoding="utf-8")
+    assert "| reader | Counting | 110 |" in text
+    evaluation["rows"][0]["categories"]["of"] = "0 7"
+    file.write_text(json.dumps(evaluation), encoding="utf-8")
+    _, printed, _ = command("compare", f"runs={tmp_path}/runs", f"out={out}")
+    assert "categories hold a number without a name" in printed
 
 
 @pytest.mark.parametrize("judge", ["nobody", "pick_score"])

@@ -20,8 +20,8 @@ import tiny
 PLAYERS = ("student", "heads", "fake_score", "ema")
 
 
-def launcher(forks) -> Callable[..., None]:
-    """Start so many workers, and wait for them."""
+def launcher(forks, work: str = "distributed_worker:main") -> Callable[..., None]:
+    """Start so many workers, each of which does this work, and wait for them."""
 
     def launch(folder: Path, *, processes: int, **options) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def launcher(forks) -> Callable[..., None]:
             }
             workers.append(
                 forks.begin(
-                    "distributed_worker:main",
+                    work,
                     asked,
                     environment={**os.environ, **shared, "OMP_NUM_THREADS": "1", **own},
                     err=folder / f"said_{rank}.txt",
@@ -47,7 +47,7 @@ def launcher(forks) -> Callable[..., None]:
             )
         for worker in workers:
             slow = "jobs" in options or "compile" in options
-            assert worker.wait(timeout=900 if slow else 240) == 0, worker.said()[-3000:]
+            assert worker.wait(timeout=1800 if slow else 240) == 0, worker.said()[-3000:]
 
     return launch
 

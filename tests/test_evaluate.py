@@ -17,7 +17,7 @@ from PIL import Image
 import eyes
 import tiny
 from distill.evaluation import prompted
-from distill.evaluation.results import captions_digest, outcomes_of
+from distill.evaluation.results import captions_digest, comparable, outcomes_of, results_in
 from distill.evaluation.shapes import Shapes
 from distill.evaluation.tables import MEASURES, rows_of
 from distill.report.evaluation import headline, table
@@ -325,6 +325,43 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     assert err.splitlines()[-1] == said
     assert not (tmp_path / "run").exists()  # before training
     Shapes().fits(SD(str(pipelines("unet"))))
+
+
+def test_shapes_are_evaluated_at_other_sizes(command, pipelines, tmp_path):
+    small = ["metrics.prompts=4", "steps=1", f"out={tmp_path / 'out'}"]
+    asked = ["evaluate", f"run={pipelines('unet')}", *small]
+    assert command(*asked)[0] == 0
+    code, out, err = command(*asked, "metrics.size=[96,48]")
+    assert code == 0, err
+    assert "render accuracy" in out
+    square, wide = results_in(
+        json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    )
+    if "render_accuracy" in square["rows"][0]:
+        square, wide = wide, square
+    assert wide["rows"][0]["render_accuracy"] == 1.0
+    assert wide["protocol"]["reference"].endswith(", 96 x 48 pixels")
+    assert not comparable(square["protocol"], wide["protocol"])
+    with Image.open(tmp_path / "out" / "samples" / wide["picture"]) as strips:
+        assert strips.size == (4 * 98 + 2, 98 + 2)  # squares, as the pages cut them
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["metrics=shapes", "metrics.size=[32,96]"], "the largest object needs 40 pixels"),
+        (["metrics=shapes", "metrics.size=[63,96]"], "in multiples of 4"),
+        (["metrics=shapes_fill", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
+        (["metrics=shapes_edit", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
+    ],
+)
+def test_sizes_that_cannot_be_judged_are_refused(words, said, command, pipelines, tmp_path):
+    asked = ["evaluate", f"run={pipelines('unet')}", "steps=1", f"out={tmp_path / 'out'}", *words]
+    code, _, err = command(*asked)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("distill: metrics.size=")
+    assert said in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_student_and_a_teacher_side_by_side(judged, student, pipelines, tmp_path):

@@ -26,7 +26,7 @@ OPTIONS = [  # of groups that no experiment takes
     "teacher=sdxl_instruct_pix2pix", "teacher=sd3_inpaint", "data=images", "data=prompts",
     "data=synthetic", "data=renders", "logger=[wandb,mlflow,trackio]",
     "metrics=coco5k",
-    "student=lora",
+    "student=lora", "student=stylegan method=add method.levels.odds=[1,0,0,0]",
     "teacher=flux", "teacher=flux2", "teacher=flux2_klein",
     "teacher=pixart_sigma", "teacher=sana", "trainer=fsdp2", "trainer=ddp",
     "teacher=wan",
@@ -61,7 +61,7 @@ def here(tmp_path_factory) -> Path:
 
 def composed(word: str, here: Path) -> dict[str, Any]:
     """The configuration of a run with what must be given."""
-    tree: Any = Composed("config", (word,) if word else ()).tree
+    tree: Any = Composed("config", tuple(word.split())).tree
     tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     lines, data = str(here / "prompts.txt"), tree["data"]
     if data.get("path") == "???":

@@ -645,5 +645,18 @@ def test_a_push_that_fails_is_said_and_the_folder_stays(run_of, hub, pushed, tmp
     assert code == 1
     last = err.splitlines()[-1]
     assert last.startswith("distill: repo=me/mine: cannot be pushed to (")
-    assert last.endswith(f"then `hf upload me/mine {tmp_path / 'out'}`")
+    assert last.endswith(f"then `hf upload me/mine {tmp_path / 'out'} --private`")
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_nobody_is_advised_to_push_what_else_is_in_the_folder(run_of, hub, pushed, tmp_path):
+    hub.full = True
+    run = Path(shutil.copytree(run_of("unet", "full"), tmp_path / "run"))
+    (run / "student" / ".env").write_text("mine", encoding="utf-8")
+    code, _, err = pushed(run, "null")
+    assert code == 1
+    assert err.splitlines()[-1].endswith("then give the command again")
+    hub.full = False
+    code, _, err = pushed(run, "null")
+    assert code == 0, err
+    assert ".env" not in hub.pushed

@@ -308,12 +308,12 @@ def test_errors_in_a_module_of_the_user_are_reported(
 def test_a_data_source_of_the_user_reads_any_file(
     command, pipelines, shards, tmp_path, monkeypatch
 ):
-    """Its path need not hold pictures."""
+    """Its path need not hold pictures, and it need not take the option's other keys."""
     code = (
         "from distill.data.source import prompts\n\n"
-        "def lines(path: str, *, batch_size: int, num_workers=0, limit=None, column=None):\n"
+        "def lines(path: str, *, batch_size: int, num_workers=0):\n"
         "    return prompts(f'{path}/list.odd', batch_size=batch_size)\n\n"
-        "def nothing(path: str, *, batch_size: int, num_workers=0, limit=None, column=None):\n"
+        "def nothing(path: str, *, batch_size: int, num_workers=0):\n"
         "    return [path]\n"
     )
     (tmp_path / "mydata.py").write_text(code, encoding="utf-8")
@@ -326,5 +326,8 @@ def test_a_data_source_of_the_user_reads_any_file(
     words += [real]
     code, _, err = command("run", *words, "data._target_=mydata.lines", "run_dir=run")
     assert code == 0, err
+    err = command("run", *words, "data._target_=mydata.lines", "data.limit=3", "run_dir=typed")[2]
+    assert "data.limit" in err
+    assert "takes" in err
     err = command("run", *words, "data._target_=mydata.nothing", "run_dir=other")[2]
     assert "data._target_=mydata.nothing: makes a list, and must make a distill.data.source" in err

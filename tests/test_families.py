@@ -54,28 +54,14 @@ def those(which, quick=False):
 each = those(lambda family, row: True)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family):
-        if family not in made:
-            made[family] = families.write(family, tmp_path_factory.mktemp("families") / family)
-        return made[family]
-
-    return folder
+@pytest.fixture
+def folders(family_folders):
+    return family_folders
 
 
-@pytest.fixture(scope="module")
-def teachers(folders):
-    made = {}
-
-    def teacher(family):
-        if family not in made:
-            made[family] = families.teacher_at(folders(family), **FAMILIES[family].options)
-        return made[family]
-
-    return teacher
+@pytest.fixture
+def teachers(family_teachers):
+    return family_teachers
 
 
 def noise(*shape, seed=0):
@@ -385,17 +371,8 @@ def test_shapes_and_sizes_are_those_of_the_files(family, teachers):
 def test_maps_are_the_outputs_of_the_blocks(family, teachers):
     teacher, taps = teachers(family), FAMILIES[family].taps
     x_t, t, cond = inputs(teacher)
-    heard = {}
-    handles = [
-        module.register_forward_hook(
-            lambda _m, _i, output, name=name: heard.__setitem__(name, output)
-        )
-        for name, (module, _) in teacher.network.tappable().items()
-    ]
+    heard = families.heard(teacher, x_t, t, cond)
     with torch.no_grad():
-        teacher.network.predict(x_t, t, cond)
-        for handle in handles:
-            handle.remove()
         maps = teacher.features(x_t, t, cond, taps)
     side, row = 16 // teacher.patch, FAMILIES[family]
     starts = cond.mask.sum(1).tolist() if row.after_caption else [0, 0]

@@ -4,12 +4,14 @@ left alone.
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from distill.worlds.shapes.frames import framed
 from distill.worlds.shapes.judge import (
     Judge,
     as_saved,
@@ -96,6 +98,23 @@ def test_renders_of_the_prompts_are_right_in_every_respect(judge):
         ("prompt_accuracy", "kind", "colour", "fill", "size", "axis", "background", "count"), 1.0
     )
     assert features.shape == (64, Reader.FEATURES)
+
+
+def test_rows_of_an_evaluation_share_one_reading_of_the_reference():
+    class Counts(Oracle):
+        read = 0
+
+        def features(self, pixels):
+            self.read += len(pixels)
+            return super().features(pixels)
+
+    reader = Counts(scenes_of(PROMPTS, 0))
+    judge, pictures, before = Judge(reader), fresh_renders(PROMPTS, seed=0), reader.read
+    rows = [judge(pictures, PROMPTS) for _ in range(3)]
+    assert rows == 3 * rows[:1]
+    assert reader.read - before == 4 * len(PROMPTS)
+    assert judge(pictures, PROMPTS, reference_seed=1)["frechet"] > rows[0]["frechet"]
+    assert judge(pictures[:9], PROMPTS[:9])["frechet"] < 1e-6
 
 
 @pytest.mark.parametrize("attribute", [*OTHER, "count"])
@@ -279,3 +298,45 @@ def test_the_outcomes_of_single_prompts_have_the_scores_as_their_means():
     for i in (0, 50):
         _, answers = judge.read(pixels[i : i + 1])
         assert judge.accuracy(answers, PROMPTS[i : i + 1])["prompt_accuracy"] == right[i]
+
+
+# -- other sizes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(96, 48), (48, 96)])
+def test_renders_of_other_sizes_are_read_as_well(size):
+    """By the shipped reader, which was trained on 64x64 alone."""
+    judge, prompts = Judge.load(), judging_prompts(50, seed=0, size=size)
+    pixels = fresh_renders(prompts, seed=0, size=size)
+    assert pixels.shape == (50, 3, size[1], size[0])
+    assert judge.render_accuracy(prompts, seed=0, size=size) >= 0.98
+    generator = torch.Generator().manual_seed(0)
+    noisy = pixels + 0.1 * torch.randn(pixels.shape, generator=generator)
+    scores = judge(noisy, prompts)
+    assert scores["prompt_accuracy"] >= 0.96
+    assert scores["render_accuracy"] >= 0.98
+    assert judge(pixels.roll(1, 0), prompts)["prompt_accuracy"] <= 0.05  # of other prompts
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (40, 40)])
+def test_scenes_of_any_size_have_their_objects_whole_and_apart(size):
+    prompts = judging_prompts(60, seed=3, size=size)
+    assert {len(prompt.things) for prompt in prompts} == ({1} if size == (40, 40) else {1, 2, 3})
+    for i, prompt in enumerate(prompts):
+        things = draw_scene(np.random.default_rng(i), prompt, size).things
+        for thing in things:
+            for place, side in zip((thing.x, thing.y), size, strict=True):
+                assert thing.radius + 1 <= place <= side - thing.radius - 1
+        for a, b in pairwise(things):
+            assert np.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius + 2 - 1e-9
+
+
+def test_only_background_is_cut_away():
+    picture = torch.zeros(1, 3, 64, 100)
+    picture[..., 10:30], picture[..., 60:90] = 1.0, torch.linspace(0.5, 1, 30)
+    (seen,) = framed(picture)
+    assert seen.shape == (3, 64, 64)
+    columns = [x.item() for x in seen[0, 0] if x > 0]
+    assert columns == pytest.approx([1.0] * 20 + torch.linspace(0.5, 1, 30).tolist())
+    assert seen[0, 0, 0] == 0  # a margin is left
+    assert framed(seen[None]).equal(seen[None])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +15,7 @@ import families
 import tiny
 from distill.config.models import student_of
 from distill.core.score_distillation import guided_x0
-from distill.exporting.card import write_card
-from distill.sampling import Consistency, Euler, seeded
+from distill.sampling import Euler, seeded
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
 from families import opened, packed, unpacked
@@ -28,13 +26,13 @@ SMALL = {"max_area": tiny.SIDE**2, "_auto_resize": False, **families.CALL_OF_FLU
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return families.write("flux_kontext", tmp_path_factory.mktemp("kontext") / "teacher")
+def folder(family_folders):
+    return family_folders("flux_kontext")
 
 
 @pytest.fixture(scope="module")
-def teacher(folder):
-    return families.teacher_at(folder, **families.OF_FLUX)
+def teacher(family_teachers):
+    return family_teachers("flux_kontext")
 
 
 def conditioned(teacher):
@@ -99,14 +97,7 @@ def test_a_student_gives_our_pixels_in_the_same_pipeline(steps, teacher, tmp_pat
 
 def test_maps_are_of_the_picture_s_own_tokens(teacher):
     x_t, t, cond = noise().requires_grad_(), torch.tensor([0.9, 0.4]), conditioned(teacher)
-    heard = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, n=name: heard.__setitem__(n, output))
-        for name, (module, _) in teacher.network.tappable().items()
-    ]
-    teacher.x0(x_t.detach(), t, cond)
-    for handle in handles:
-        handle.remove()
+    heard = families.heard(teacher, x_t.detach(), t, cond)
     swapped = replace(cond, image=cond.image.flip(0))
     others = teacher.features(x_t, t, swapped, teacher.blocks)
     maps = teacher.features(x_t, t, cond, teacher.blocks)
@@ -117,29 +108,6 @@ def test_maps_are_of_the_picture_s_own_tokens(teacher):
         assert torch.equal(found[:, :, 3, 5], tokens[:, 3 * 8 + 5])
         assert not torch.allclose(found, other, atol=1e-4)
         assert torch.autograd.grad(found.sum(), x_t, retain_graph=True)[0].abs().max() > 0
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_card_s_code_edits_as_we_do(steps, teacher, tmp_path):
-    student = tiny.shake(full(teacher), 21, std=0.03).eval()
-    scheduler = Consistency().scheduler(student, teacher)
-    folder = save_pipeline(student, teacher, tmp_path / "student", scheduler)
-    (code,) = re.findall(
-        r"```python\n(.*?)```",
-        write_card(folder, tmp_path).read_text(encoding="utf-8"),
-        re.DOTALL,
-    )
-    pixels = ((SOURCE[0] + 1) * 127.5).round().byte().permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "source.png")
-    code = code.replace("<this folder>", str(folder)).replace("steps = 4", f"steps = {steps}")
-    code = code.replace("<a picture>", str(tmp_path / "source.png"))
-    names: dict = {}
-    exec(code.replace("a prompt", ORDERS[0]), names)
-    cond = conditioned(teacher).index(slice(1))
-    with torch.no_grad():
-        x0 = Consistency()(student, cond, seeded([0]), shape=teacher.latent_shape, steps=steps)
-        expected = (teacher.decode(x0) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
-    assert np.abs(np.asarray(names["picture"]) - 255 * expected.numpy()).max() <= 1.01
 
 
 # -- the commands ----------------------------------------------------------------------------------

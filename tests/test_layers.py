@@ -19,12 +19,13 @@ PACKAGE = ROOT / "src" / "distill"
 # than its room.
 LAYERS = {
     "ground": {
-        "core", "machine", "storage", "terminal", "evaluation.results", "evaluation.tables",
+        "core", "machine", "storage", "terminal", "evaluation.categories", "evaluation.results",
+        "evaluation.statistics", "evaluation.tables",
         "training.run_metadata",
     },
     "parts": {
         "teachers", "discriminators", "data", "worlds", "evaluation.references",
-        "evaluation.networks",
+        "evaluation.networks", "evaluation.rewards",
         "evaluation.features", "evaluation.scores", "training.loop_settings",
     },
     "models": {"students", "sampling"},
@@ -34,7 +35,10 @@ LAYERS = {
     "config": {
         "config", "training.resuming", "training.run_folders",
     },
-    "building": {"config.build", "config.fitting", "config.models", "training.loggers"},
+    "building": {
+        "config.build", "config.fitting", "config.models", "config.step_memory",
+        "training.loggers",
+    },
     "commands": {
         "__main__", "cache", "check", "cli", "commandline", "compare", "completion",
         "config.errors", "data.begun_job",

@@ -272,11 +272,15 @@ def test_guided_by_a_negative_prompt_goes_elsewhere(teachers):
 
 def test_shards_of_before_are_taken_as_they_are(teachers):
     """Manifests that say nothing of options were made without any."""
-    cfg = OmegaConf.create({"teacher": {"path": "x"}, "data": {"path": "d", "size": 64}})
-    data = type(
-        "Data", (), {"null": None, "buckets": [], "made": {"teacher": "x", "without": []}}
-    )()
-    check_data_fits(cfg, data, teachers("unet"))
+    teacher, before = teachers("unet"), {"teacher": "x", "without": []}
+    null = {"tokens": torch.zeros(1, 1, teacher.network.caption_width)}
+    data = type("Data", (), {"null": null, "buckets": [], "made": before})()
+    sd = {"_target_": "distill.teachers.sd.SD", "path": "x"}
+    cfg = OmegaConf.create({"teacher": sd, "data": {"path": "d", "size": 64}})
+    check_data_fits(cfg, data, teacher)
+    data.made = {**before, "told": {"clip_skip": 1}}
+    with pytest.raises(ValueError, match=r"made with teacher options .*clip_skip"):
+        check_data_fits(cfg, data, teacher)
 
 
 def test_no_file_but_the_index_tells_of_options(pipelines, tmp_path):

@@ -215,10 +215,12 @@ def test_the_log_is_gone_on_with_and_has_the_exception_that_ends_a_run(tmp_path)
     assert log.count('raise RuntimeError("broken")') == 2
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     with record_output():
         log_to(tmp_path / "nowhere" / LOG)
         print("said")
+    assert capsys.readouterr().out == "said\n"
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("kept", [True, False])

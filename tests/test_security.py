@@ -8,13 +8,18 @@ import pickle
 import re
 import shutil
 import tarfile
+from contextlib import suppress
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+import families
+import tiny
 from distill.config import compose, trust
 from distill.data.shards import Shards
+from distill.discriminators.images import ImageFeatures
+from distill.evaluation import networks
 from distill.storage import checkpoint_files
 
 HOSTILE = (
@@ -265,6 +270,128 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
     assert code == 1
     assert "tokenizer is code of 'evil', which this teacher does not read" in err
     assert not (tmp_path / "owned").exists()
+
+
+# -- code in the folder of a network ---------------------------------------------------------------
+
+
+def owns(folder, owned):
+    """Let every file of settings below the folder name code beside it, which makes `owned`."""
+    code = (
+        f"open({str(owned)!r}, 'w')\nfrom transformers import *\n"
+        "class Config(ViTConfig): model_type = 'evil'\n"
+        "class Model(ViTModel): config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    named = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    named |= {"AutoTokenizer": [None, "evil.Tokenizer"], "AutoImageProcessor": "evil.Config"}
+    new = {"tokenizer_class": "Evil", "image_processor_type": "Evil"}
+    for file in folder.rglob("*config.json"):
+        said = json.loads(file.read_text(encoding="utf-8"))
+        said |= {"auto_map": named} | {key: new[key] for key in new if key in said}
+        said |= {"model_type": "evil"} if file.name == "config.json" else {}
+        file.write_text(json.dumps(said), encoding="utf-8")
+        (file.parent / "evil.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def agreeing(monkeypatch):
+    """A terminal at which someone answers every question by yes."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+
+
+@pytest.mark.usefixtures("agreeing")
+@pytest.mark.parametrize("kind", ["features", "dinov2", "clip"])
+def test_a_feature_network_does_not_bring_code(kind, tmp_path, capsys):
+    import transformers
+
+    folder, owned = tmp_path / "network", tmp_path / "owned"
+    shutil.copytree(tiny.vit(), folder)
+    if kind == "clip":
+        families.clip(16)["tokenizer"].save_pretrained(folder)
+        transformers.CLIPImageProcessor().save_pretrained(folder)
+    owns(folder, owned)
+    load = {
+        "features": lambda: ImageFeatures(str(folder), size=tiny.SIDE),
+        "dinov2": networks.Dinov2(str(folder)).load,
+        "clip": networks.Clip(str(folder)).load,
+    }
+    with pytest.raises(ValueError, match="contains custom code|does not recognize"):
+        load[kind]()
+    assert not owned.exists()
+    assert "[y/N]" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("agreeing")
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        pytest.param("flux2", {}, marks=pytest.mark.slow),
+        ("zimage", {"tokenizer": "AutoTokenizer"}),
+        ("zimage", {"text_encoder": "AutoModel"}),
+    ],
+)
+def test_a_pipelines_parts_do_not_bring_code(family, named, tmp_path, capsys):
+    folder, owned = families.write(family, tmp_path / family), tmp_path / "owned"
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {part: ["transformers", kind] for part, kind in named.items()}
+    for part in named or ("text_encoder", "tokenizer"):
+        config = folder / part / "config.json"
+        text = "{}" if part == "tokenizer" else config.read_text(encoding="utf-8")
+        config.write_text(text, encoding="utf-8")
+        owns(folder / part, owned)
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with suppress(ValueError):  # whatever it says of such a folder
+        families.teacher_at(folder, **families.FAMILIES[family].options)
+    assert not owned.exists()
+    assert "[y/N]" not in capsys.readouterr().out
+
+
+# -- chat templates --------------------------------------------------------------------------------
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+NO_TEXT = r"its chat template gives no text within 2 s and 512 MiB \(.*fetch it anew"
+TWICE = "{{ messages[-1].content }}"
+
+
+def templated(text, folder):
+    """A teacher whose captions stand in a chat template that the folder's maker wrote."""
+    families.write("zimage", folder)
+    (folder / "tokenizer" / "chat_template.jinja").write_text(text, encoding="utf-8")
+    return families.teacher_at(folder, **families.FAMILIES["zimage"].options)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        pytest.param(LOOP, NO_TEXT, id="loop"),
+        pytest.param("{{ 'x' * 10**10 }}", NO_TEXT, id="memory", marks=pytest.mark.slow),
+        pytest.param("{{ 'x' * 10**6 }}", NO_TEXT, id="text", marks=pytest.mark.slow),
+        pytest.param(
+            "{{ cycler.__init__.__globals__ }}", NO_TEXT, id="escape", marks=pytest.mark.slow
+        ),
+        pytest.param(2 * TWICE, "has the caption 2 times", id="twice", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hostile_chat_template_is_refused(text, wrong, tmp_path):
+    teacher = templated(text, tmp_path / "zimage")
+    with pytest.raises(ValueError, match=f"^teacher.path={tmp_path / 'zimage'}: .*{wrong}"):
+        teacher.embed(["a red circle"])
+
+
+def test_a_chat_template_runs_once_on_no_caption_of_ours(tmp_path):
+    """So it cannot wait for a word, or for a day."""
+    trap = f"{{% if 'circle' in messages[-1].content %}}{LOOP}{{% endif %}}"
+    text = f"{trap}<|im_start|>{{{{ messages[-1].content | trim }}}}<|im_end|>"
+    teacher = templated(text, tmp_path / "zimage")
+    caption = "{{ 1 }} a circle'"
+    plain = teacher.pipeline.tokenizer(f"<|im_start|>{caption}<|im_end|>").input_ids
+    assert int(teacher.embed([f" {caption} "]).mask.sum()) == len(plain)
+    assert teacher.pipeline.tokenizer.chat_template == text  # a student's folder gets it
+    teacher.pipeline.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "chat_template.jinja").read_text(encoding="utf-8")
+    assert saved == text
 
 
 # -- checkpoints and shards ------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from distill.core.distances import frechet, frechet_by_sample
-from distill.report.statistics import (
+from distill.evaluation.statistics import (
     RESAMPLES,
     Sample,
     _student_t,

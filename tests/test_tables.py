@@ -67,6 +67,34 @@ def test_lines_that_are_texts_and_tables_of_one_column(tmp_path):
     assert Lines(str(tmp_path / "b.csv")).lines == ["one", "two"]
 
 
+PARTI = (
+    "Prompt\tCategory\tChallenge\tNote\n"
+    "bond\tAbstract\tBasic\tseveral meanings\n"
+    '"G O" painted on a wall\tIllustrations\tWriting & Symbols\t\n'
+    'the words "Fly" on a wall\tOutdoor Scenes\tComplex\t\n'
+)
+DRAW = 'Prompts,Category\nA red car.,Colors\n"A car, and a dog.",Conflicting\n'
+
+
+def test_lists_of_prompts_are_read_as_they_are_published(tmp_path):
+    (parti := tmp_path / "PartiPrompts.tsv").write_text(PARTI, encoding="utf-8")
+    found = Lines(str(parti), "metrics.path", labelled=True)
+    assert found.lines == ["bond", '"G O" painted on a wall', 'the words "Fly" on a wall']
+    assert found.labels == ["Abstract", "Illustrations", "Outdoor Scenes"]
+    other = Lines(str(parti), "metrics.path", "prompt", "challenge", labelled=True)
+    assert other.labels == ["Basic", "Writing & Symbols", "Complex"]
+    (draw := tmp_path / "DrawBench.csv").write_text(DRAW, encoding="utf-8")
+    found = Lines(str(draw), "metrics.path", labelled=True)
+    assert found.lines == ["A red car.", "A car, and a dog."]
+    assert found.labels == ["Colors", "Conflicting"]
+    assert Lines(str(draw), "prompts").labels == []  # nobody asked
+    with pytest.raises(ValueError, match=r"has no column topic, .* name one by metrics\.category="):
+        Lines(str(draw), "metrics.path", None, "topic", labelled=True)
+    draw.write_text("Prompt,PROMPT\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has the columns Prompt and PROMPT; name one by"):
+        Lines(str(draw), "metrics.path")
+
+
 @pytest.mark.parametrize(
     ("content", "end", "column", "said"),
     [

@@ -5,6 +5,7 @@ The packages are the real ones. Nothing asks a server of the internet.
 
 from __future__ import annotations
 
+import base64
 import csv
 import http.server
 import importlib.util
@@ -65,8 +66,11 @@ def rows(folder):
 
 
 @contextmanager
-def server(status: int, *, stalls: bool = False):
-    """A server that answers everything by this status, or takes connections and says nothing."""
+def server(status: int, *, stalls: bool = False, logins: list[str] | None = None):
+    """A server that answers everything by this status, or takes connections and says nothing.
+
+    `logins` gets the login of every request.
+    """
     if stalls:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             yield f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -74,6 +78,8 @@ def server(status: int, *, stalls: bool = False):
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
+            if logins is not None:
+                logins.append(self.headers["Authorization"])
             self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -188,10 +194,12 @@ def test_the_login_of_a_file_is_asked_for(monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text(
         f"machine 127.0.0.1 login user password {SECRET}\n", encoding="utf-8"
     )
-    with server(200) as url:
+    logins: list[str] = []
+    with server(200, logins=logins) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         monkeypatch.setattr(checks, "need", lambda *_: None)
         checks.check({"wandb": {"_target_": "distill.training.trackers.kinds.Wandb"}})
+    assert logins == [f"Basic {base64.b64encode(f'api:{SECRET}'.encode()).decode()}"]
 
 
 def test_an_mlflow_server_that_refuses(monkeypatch):

@@ -53,7 +53,7 @@ REVIEWED = {
     },
     "teacher": {"distill.teachers": TEACHERS},
     "score_teacher": {"distill.teachers": TEACHERS},
-    "student": {"distill.students": "full lora.lora"},
+    "student": {"distill.students": "full lora.lora stylegan.stylegan"},
     "discriminator.features": {"distill.discriminators": HEADS},
     "discriminator.heads": {"distill.discriminators": HEADS},
     "discriminator.condition": {"distill.discriminators": HEADS},

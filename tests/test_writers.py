@@ -484,6 +484,30 @@ def test_no_name_that_is_written_may_lead_out_of_the_folder(name, tmp_path, monk
         check_free(folder, "run")
 
 
+IN_PLACE = [
+    *("run.log", "metrics.csv", "alarms.jsonl", "hparams.yaml", "study.db"),
+    *("processes/7.log", "evaluation/student-1-00000000/seconds-0.txt"),
+]
+
+
+@posix
+def test_what_is_appended_does_not_reach_a_hard_link_of_the_file(tmp_path):
+    """Such as another file of this user, or the backup that `cp -al` makes."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    others = [elsewhere / str(i) for i in range(len(IN_PLACE))]
+    for name, other in zip(IN_PLACE, others, strict=True):
+        other.write_text("mine", encoding="utf-8")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).hardlink_to(other)
+    with one_writer(folder, "run"):
+        for name in IN_PLACE:
+            with (folder / name).open("a", encoding="utf-8") as file:
+                file.write(" and more")
+    assert {other.read_text(encoding="utf-8") for other in others} == {"mine"}
+    assert {(folder / name).read_text(encoding="utf-8") for name in IN_PLACE} == {"mine and more"}
+
+
 @posix
 def test_links_that_nothing_is_written_through_stay(tmp_path):
     disk, folder = tmp_path / "disk", tmp_path / "run"

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -24,13 +25,13 @@ from torchvision.utils import save_image
 
 from distill.config.models import student_of
 from distill.core import distances
+from distill.evaluation.statistics import Sample, mean_interval
 from distill.machine.hardware import autocast, precision
-from distill.report.statistics import Sample, mean_interval
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_text_atomic
 from distill.terminal.progress import track
-from distill.worlds.shapes.judge import Judge, fresh_renders, judging_prompts
+from distill.worlds.shapes.judge import Judge, judging_prompts
 from distill.worlds.shapes.preference import centred_area
 from distill.worlds.shapes.world import Prompt
 
@@ -38,14 +39,16 @@ HERE = Path(__file__).parent
 STEPS, GUIDANCE = 28, 4.0  # of the teachers, as in distill.synthesize
 BATCH, SHOWN = 32, 16
 COLUMNS = (
-    "model", "lora_scale", "steps", "against", "prompts", "won", "low", "high", "own", "own_low",
-    "own_high", "measure", "prompt_accuracy", "frechet", "seed",
+    "model", "lora_scale", "steps", "against", "seeds", "prompts", "won", "low", "high", "own",
+    "own_low", "own_high", "measure", "prompt_accuracy", "frechet",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Model:
-    """A row: `run` is a folder below the study's, or a shipped pipeline."""
+    """A row: `run` is a folder below the study's, with the place of the seed, or a shipped
+    pipeline.
+    """
 
     name: str
     run: str
@@ -54,32 +57,39 @@ class Model:
     against: str = "plain student"
 
 
-def models(seed: int) -> list[Model]:
-    """The teacher before and after, both students without and with the same LoRA."""
-    plain, preferred = (f"{job}/seed_{seed}/student" for job in ("plain", "preferred"))
-    teacher, against = "shapes:mmdit_small", "teacher"
-    return [
-        Model("teacher", teacher, steps=STEPS, against=against),
-        Model("teacher", teacher, scale=1.0, steps=STEPS, against=against),
-        Model("plain student", plain),
-        Model("plain student", plain, scale=1.0),
-        Model("preferred student", preferred),
-        Model("preferred student", preferred, scale=0.5),
-        Model("preferred student", preferred, scale=1.0),
-    ]
+TEACHER = "shapes:mmdit_small"
+STUDENTS = ("plain", "preferred")
+MODELS = (
+    Model("teacher", TEACHER, steps=STEPS, against="teacher"),
+    Model("teacher", TEACHER, scale=1.0, steps=STEPS, against="teacher"),
+    *(
+        Model(f"{job} student", f"{job}/seed_{{seed}}/student", scale)
+        for job, scales in zip(STUDENTS, ((0.0, 1.0), (0.0, 0.5, 1.0)), strict=True)
+        for scale in scales
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a model of one seed: their measure [N], and their scores."""
+
+    measure: Tensor
+    prompt_accuracy: float
+    frechet: float
 
 
 @torch.no_grad()
-def pictures(row: Model, out: Path, prompts: list[Prompt]) -> Tensor:
+def pictures(row: Model, seed: int, out: Path, prompts: list[Prompt]) -> Tensor:
     """Pixels [N, 3, 64, 64] of all prompts; prompt i has seed i."""
-    run = row.run if row.run.startswith("shapes:") else str(out / row.run)
+    run = row.run if row.run == TEACHER else str(out / row.run.format(seed=seed))
     lora = str(out / "prepared" / "dpo") if row.scale else None
     model = student_of(run, lora=lora, lora_scale=row.scale)
     chosen, found = precision("auto", "cpu").name, []
     sample = partial(Consistency(), model)
     if row.steps == STEPS:
         sample = partial(guided, model, guidance=GUIDANCE)
-    what = f"{row.name}, LoRA x {row.scale:g}"
+    what = f"{row.name}, LoRA x {row.scale:g}, seed {seed}"
     for start in track(range(0, len(prompts), BATCH), what, unit="batch"):
         cond = model.embed([prompt.caption for prompt in prompts[start : start + BATCH]])
         seeds = range(start, start + len(cond))
@@ -89,29 +99,50 @@ def pictures(row: Model, out: Path, prompts: list[Prompt]) -> Tensor:
     return torch.cat(found)
 
 
-def won(measure: Tensor, other: Tensor) -> tuple[float, float, float]:
-    """Share of prompts at which `measure` [N] is above `other`, and its interval over prompts."""
-    wins = ((measure > other).double() + (measure == other).double() / 2).numpy()
-    found = mean_interval(Sample([float(wins.mean())], wins[None], fixed=True))
-    return float(wins.mean()), found.low or 0.0, found.high or 0.0
+def won(measures: list[Tensor], others: list[Tensor]) -> tuple[float, float, float]:
+    """The share of prompts at which each seed's measure [N] is above the other's, and its interval
+    over seeds and prompts.
+    """
+    pairs = zip(measures, others, strict=True)
+    wins = torch.stack([(x > y).double() + (x == y).double() / 2 for x, y in pairs]).numpy()
+    found = mean_interval(Sample(wins.mean(1).tolist(), wins, fixed=len(wins) == 1))
+    # over three seeds the interval is wide, and may leave the range of a share
+    return found.value, max(found.low or 0.0, 0.0), min(found.high or 0.0, 1.0)
 
 
-def main(out: Path, count: int = 200, seed: int = 0) -> None:
+def seeds_of(out: Path) -> list[int]:
+    """The seeds of which both students are finished."""
+    having = [
+        {int(run.parent.name.removeprefix("seed_")) for run in out.glob(f"{job}/seed_*/student")}
+        for job in STUDENTS
+    ]
+    return sorted(set.intersection(*having))
+
+
+def main(out: Path, count: int = 200) -> None:
     prompts, judge = judging_prompts(count, seed=0), Judge.load()
-    real, _ = judge.read(fresh_renders(prompts, seed=0))
-    scores: dict[str, Tensor] = {}
-    rows, strips = [], []
-    for row in models(seed):
-        pixels = pictures(row, out, prompts)
+    real = judge.reference(prompts, seed=0).features
+    strips: list[Tensor] = []
+
+    def drawn(row: Model, seed: int, shown: bool) -> Drawn:
+        pixels = pictures(row, seed, out, prompts)
         features, answers = judge.read(pixels)
-        measure = centred_area(pixels)
-        scores.setdefault(row.name, measure)  # the first of a name is without the LoRA
-        right = judge.shows_prompt(answers, prompts).double().mean()
-        shown = [*won(measure, scores[row.against]), *won(measure, scores[row.name])]
-        shown += [measure.mean(), right, distances.frechet(features, real)]
-        numbers = [f"{float(x):.4g}" for x in shown]
-        rows.append([row.name, row.scale, row.steps, row.against, count, *numbers, seed])
-        strips.append(pixels[:SHOWN])
+        strips.extend([pixels[:SHOWN]] if shown else [])
+        right = judge.shows_prompt(answers, prompts).double().mean().item()
+        return Drawn(centred_area(pixels), right, distances.frechet(features, real))
+
+    of_name: dict[str, list[Tensor]] = {}
+    rows = []
+    for row in MODELS:
+        seeds = [0] if row.run == TEACHER else seeds_of(out)
+        found = [drawn(row, seed, seed == seeds[0]) for seed in seeds]
+        measures = [one.measure for one in found]
+        of_name.setdefault(row.name, measures)  # the first of a name is without the LoRA
+        numbers = [*won(measures, of_name[row.against]), *won(measures, of_name[row.name])]
+        numbers += [torch.stack(measures).mean().item()]
+        numbers += [mean(one.prompt_accuracy for one in found), mean(one.frechet for one in found)]
+        texts = [f"{x:.4g}" for x in numbers]
+        rows.append([row.name, row.scale, row.steps, row.against, len(seeds), count, *texts])
         print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
     csv.writer(text := io.StringIO(), lineterminator="\n").writerows([COLUMNS, *rows])
     write_text_atomic(HERE / "win_rates.csv", text.getvalue())

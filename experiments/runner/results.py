@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation.statistics import mean_interval
 from distill.evaluation.tables import MEASURES, Row
 from distill.report.differences import SEEDS, Difference
 from distill.report.runs import COSTS, Line, Run, as_csv, lines_of, read_comparable
-from distill.report.statistics import mean_interval
 from distill.storage.atomic import write_text_atomic
 from runner.pages import read_rows, write_pages
 from runner.pictures import write_curves, write_grid

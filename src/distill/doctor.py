@@ -10,10 +10,12 @@ import importlib
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +23,7 @@ from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command
+from distill.config.generator import STUDENT
 from distill.data.named import expand
 from distill.machine import faults
 from distill.storage import locks
@@ -171,16 +174,47 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
     listed = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in encoders.items())
     yield "ok", f"beside the denoisers: {listed}", ""
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
+    step, reason = step_memory(cfg)
+    on_top = ", and activations on top"
+    if step is None:
+        yield "warn", f"activations are not counted: {reason}", "leave room for them"
+    else:
+        held = ", ".join(f"{name} {size / GB:.2f}" for name, size in step.held.items() if size)
+        yield "ok", f"held between steps, in GB: {held}; on the host {step.host / GB:.2f}", ""
+        on_top = f", {step.within / GB:.2f} GB of them within a step"
     for name, share in {
         "one process or trainer=ddp": 1,
         f"trainer=fsdp2 on {count}": count,
     }.items():
-        taken = shared / share + sum(encoders.values())
+        taken = shared / share + sum(encoders.values()) + (step.within if step else 0)
+        if step and share == 1:
+            decoding = encoders.get(f"decoding pictures of {side}x{side}", 0)
+            taken = max(step.peak, sum(step.held.values()) + decoding)
         level = "ok" if taken < 0.7 * room else "warn" if taken < room else "fail"
-        what = (
-            f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process, and activations on top"
-        )
+        what = f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process{on_top}"
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
+    if step:
+        what = "these are counts: the allocator's fragments, workspaces and CUDA come on top"
+        yield "ok", what, ""
+
+
+def step_memory(cfg: DictConfig) -> tuple[Any, str]:
+    """The memory of a training step of this configuration, or None and the reason for that."""
+    from distill.config import build
+    from distill.config.step_memory import of_step
+    from distill.machine.hardware import device
+
+    cfg = cfg.copy()
+    kind = device(cfg.trainer.get("accelerator") or "auto").type
+    said = StringIO()
+    quiet = (redirect_stdout(said), redirect_stderr(said))
+    with faults.quiet_logging(), quiet[0], quiet[1], warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            build.settle_precision(cfg)
+            return of_step(cfg, "cpu" if kind == "cpu" else "cuda"), ""
+        except Exception as error:  # networks of many libraries, most of which read no meta tensors
+            return None, faults.first_line(error, 120)
 
 
 def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple[float, float]:
@@ -198,6 +232,11 @@ def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple
         shapes = sizes.shapes(Path(home_of(path, part), part))
         targets = cfg.student.get("targets") or targets_of(get_object(str(cfg.teacher._target_)))
         count = budget.adapters(shapes, list(targets), cfg.student.rank)
+    elif cfg.student._target_ == STUDENT:
+        from distill.students.stylegan import parameters
+
+        options = {key: x for key, x in cfg.student.items() if not str(key).startswith("_")}
+        count = parameters(sizes.config_of(path, part), options)
     found = [count * x for x in budget.trained_bytes(cfg.optimizer.student, cfg.loop)]
     if fake := cfg.optimizer.get("fake_score"):
         more = budget.trained_bytes(fake, {**cfg.loop, "ema_device": None})

@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from distill.config import validate
 from distill.config.compose import check_counts, config_of, is_run, nearest, shipped
 from distill.config.errors import command
+from distill.config.generator import refuse_generator
 from distill.config.preference import check_lora
 from distill.core.limits import check_dtype
 from distill.exporting import NAMINGS, web_runtime
@@ -151,6 +152,7 @@ def _check_kind(cfg: DictConfig) -> None:
     if not folder.is_dir():
         what = f"is on the hub, and to={cfg.to} reads a folder"
         raise ValueError(f"run={cfg.run}: {what}; fetch it by `hf download {cfg.run} --local-dir`")
+    _check_generator(cfg, folder)
     kind = str(index_of(str(folder), "run")["_class_name"])
     family, of_unet = families.family_of_kind(kind), denoiser_part(folder) == "unet"
     if cfg.to == "single_file" and family.single_file is None:
@@ -183,6 +185,14 @@ def _check_kind(cfg: DictConfig) -> None:
     if compared and cfg.base is None and not (Path(cfg.run) / "config.yaml").is_file():
         what = f"run={cfg.run} does not say what its student was made from; add base=<folder>"
         raise ValueError(f"base=null: {what}")
+
+
+def _check_generator(cfg: DictConfig, folder: Path) -> None:
+    """Check that a GAN's generator is only exported as the folder that it is in."""
+    if cfg.to in ("diffusers", "hub") and cfg.weights is None:
+        return
+    chosen = f"weights={cfg.weights}" if cfg.weights else f"to={cfg.to}"
+    refuse_generator(str(folder), f"{chosen}: run={cfg.run}", "use to=diffusers alone")
 
 
 def _check_out(cfg: DictConfig) -> None:

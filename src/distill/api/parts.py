@@ -81,8 +81,8 @@ def load_data(settings: DictConfig, teacher: PipelineTeacher) -> DataModule:
 
 @with_plain_errors
 def make_student(settings: DictConfig, teacher: PipelineTeacher) -> Network:
-    """Build the student: a copy of the teacher's network (`student=full`), or adapters on it
-    (`student=lora`).
+    """Build the student: a copy of the teacher's network (`student=full`), adapters on it
+    (`student=lora`), or a GAN's generator from nothing (`student=stylegan`).
 
     This seeds the global generators of torch, NumPy and Python with `settings.seed`, as the command
     does at this point. For the same initial weights, call `make_players` next.
@@ -134,12 +134,15 @@ def _check_family(teacher: Any, student: Any) -> None:
     The errors of torch would not name the reason.
     """
     from distill.students import FITTING
+    from distill.students.stylegan import FITTING as OF_GENERATORS
 
     models = [getattr(network, "model", None) for network in (student, teacher.network)]
     if None in models:  # a user's network, whose configuration is unknown
         return
     of_student, of_teacher = ({"class": type(model).__name__, **model.config} for model in models)
-    for key in ("class", *FITTING[1:]):
+    generates = getattr(student, "one_step", False)
+    keys = OF_GENERATORS if generates else ("class", *FITTING[1:])
+    for key in keys:
         if of_student.get(key) != of_teacher.get(key):
             values = (
                 f"its {key} is {of_student.get(key)} and the teacher's is {of_teacher.get(key)}"

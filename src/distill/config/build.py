@@ -128,11 +128,13 @@ def build_training(cfg: DictConfig) -> tuple[Any, Any]:
         what = f"makes a {type(source).__name__}, and must make a distill.data.source.Source"
         raise ValueError(f"data._target_={cfg.data._target_}: {what}; return one")
     null = getattr(source.dataset, "null", None)
+    once = getattr(source.dataset, "embed_once", False)
     space = source_code.attribute(str(cfg.method._target_), "space")
     decodes = space == "pixels" and not cfg.method.get("decoder")
-    teacher = teacher_of(
-        cfg, deferred=["text_encoder", *([] if decodes else ["vae"])] if null else []
-    )
+    unread = ["vae"] if null and not decodes else []
+    teacher = teacher_of(cfg, deferred=["text_encoder", *unread] if null or once else [])
+    if once:  # before the seed is set: loading may draw random numbers
+        teacher.embed([""])
     check_and_fit(cfg, source.dataset, teacher)
     metrics = OmegaConf.select(cfg, "metrics._target_")
     # Only protocols with `fits`: others read data when they are built, which `check` has done.

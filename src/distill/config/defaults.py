@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill.config.compose import overrides
 from distill.config.location import CONF_DIR
 from distill.config.optimizers import fit_to_recipe
+from distill.config.signatures import signature
 from distill.config.videos import of_videos
 from distill.storage import source_code
 from distill.teachers.families import family
@@ -34,6 +35,7 @@ def with_defaults(cfg: DictConfig) -> DictConfig:
     if cfg.get("resume") or not HydraConfig.initialized():
         return cfg
     fit_to_recipe(cfg)
+    fit_to_own_data(cfg)
     problem = missing_data(cfg)
     if problem and (_choice("debug") != "smoke" or _typed_overrides("data=")):
         raise ValueError(problem)
@@ -51,9 +53,26 @@ def with_placeholder_data(cfg: DictConfig) -> DictConfig:
     """For commands that only inspect the configuration: renders in place of missing data."""
     if HydraConfig.initialized():
         fit_to_recipe(cfg)
+        fit_to_own_data(cfg)
         if missing_data(cfg):
             use_renders(cfg)
     return cfg
+
+
+def fit_to_own_data(cfg: DictConfig) -> None:
+    """Leave out the null keys of an option of data that a function of the user does not take.
+
+    They are the option's, as `column` of data=prompts, and nobody typed them.
+    """
+    target = str(cfg.data.get("_target_"))
+    taken = None if target.startswith("distill.") else signature(target)
+    if taken is None or taken.open:
+        return
+    OmegaConf.set_struct(cfg, False)
+    for key, value in OmegaConf.to_container(cfg.data).items():
+        if value is None and key not in taken.keys and not _typed_overrides(f"data.{key}="):
+            cfg.data.pop(key)
+    OmegaConf.set_struct(cfg, True)
 
 
 def is_shapes_teacher() -> bool:

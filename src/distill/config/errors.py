@@ -269,10 +269,19 @@ def _hydra_sentence(text: str) -> str:
     if text.startswith("Could not override"):
         return f"{quoted}: no such group{nearest(quoted, GROUPS)}; --help lists all"
     if text.startswith("Could not delete"):
-        key = quoted.removeprefix("defaults.")
-        return f"~{key}: there is no such key{nearest(key, GROUPS)}; leave it out"
+        return _not_deleted(quoted.removeprefix("defaults."), text)
     unquoted = re.search(r"'([\w./@]+)'", text)
     return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
+
+
+def _not_deleted(key: str, text: str) -> str:
+    """Hydra deletes no key whose value is null, and says that it does not exist."""
+    argument = next((word for word in sys.argv[1:] if word.startswith(f"~{key}")), f"~{key}")
+    if "The value of" in text:
+        return f"{argument}: it has another value; write ~{key}"
+    if "." in key:
+        return f"{argument}: there is no such key, or it is null already; leave this out"
+    return f"{argument}: there is no such key{nearest(key, GROUPS)}; leave it out"
 
 
 def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:

@@ -6,6 +6,8 @@ import math
 
 from omegaconf import DictConfig
 
+from distill.config.compose import shipped
+from distill.config.generator import refuse_generator
 from distill.storage import source_code
 from distill.teachers.loading import locate
 
@@ -53,4 +55,5 @@ def check_lora(cfg: DictConfig) -> None:
         if scale != 1:
             raise ValueError(f"lora_scale={scale}: has no effect without lora=; leave it out")
         return
+    refuse_generator(shipped(str(cfg.run)), f"lora={cfg.lora}: run={cfg.run}", "leave the LoRA out")
     locate.check_weights(locate.lora_in(str(cfg.lora)), "lora")

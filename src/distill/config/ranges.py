@@ -23,6 +23,9 @@ COUNTS = dict.fromkeys(
     1,
 )  # fmt: skip
 METRICS_COUNTS = {"prompts": 4, "seed": 0, "size": 1, "batch_size": 1, "workers": 0}
+STUDENT_COUNTS = dict.fromkeys(
+    ("student.rank", "student.shift", "student.channels", "student.mapping_width"), 1
+) | dict.fromkeys(("student.blocks", "student.mapping_layers"), 0)
 SHARE = (0, 1)
 # Key -> least and largest value; None leaves a side open.
 RANGES: dict[str, tuple[float | None, float | None]] = {
@@ -86,6 +89,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "sampler.guidance": (0, None),
     "sampler.flow_shift": (0, None),
     "student.alpha": (0, None),
+    "student.layer_scale": (0, None),
     "teacher.guidance": (0, None),
 }
 SHIFTS = ("sampler.shift", "method.levels.shift", "method.real.shift")

@@ -85,7 +85,7 @@ SHIPPED = {
     "score_teacher": Allowed(
         inside=("distill.teachers",), base="distill.teachers.pipeline.PipelineTeacher"
     ),
-    "student": Allowed(names=("distill.students.full", "distill.students.lora.lora")),
+    "student": Allowed(names=_named("distill.students", "full lora.lora stylegan.stylegan")),
     "discriminator.features": NETWORK,
     "discriminator.heads": NETWORK,
     "discriminator.condition": NETWORK,
@@ -108,7 +108,8 @@ SHIPPED = {
         ),
     ),
     "metrics.networks.*": Allowed(
-        inside=("distill.evaluation.networks",), base="distill.evaluation.networks.Describer"
+        inside=("distill.evaluation.networks", "distill.evaluation.rewards"),
+        base="distill.evaluation.networks.Describer",
     ),
     "metrics.scores.*": Allowed(
         inside=("distill.evaluation.scores",), base="distill.evaluation.scores.Score"

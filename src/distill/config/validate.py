@@ -13,6 +13,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from distill.config import signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
 from distill.config.editing import EDIT_PAIRS, check_guidance_by_source, check_pairs_fit
+from distill.config.evaluation_networks import check_networks
+from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
 from distill.config.preference import PREFERENCES, check_preference
@@ -21,6 +23,7 @@ from distill.config.ranges import (
     COUNTS,
     LARGEST,
     METRICS_COUNTS,
+    STUDENT_COUNTS,
     check_lists,
     check_most,
     check_ranges,
@@ -73,6 +76,7 @@ def check_run(cfg: DictConfig) -> None:
     check_teacher(cfg.teacher)
     check_score_teacher(cfg, check_teacher)
     check_student(cfg.student)
+    check_generator(cfg)
     check_features(cfg.discriminator)
     check_decoder(cfg.method)
     check_pairs(cfg.method)
@@ -123,9 +127,7 @@ def trains_fake_score(cfg: DictConfig) -> bool:
 
 
 def check_players(discriminator: DictConfig) -> None:
-    """Check that parts of the discriminator are nodes with a target or null, and that features have
-    heads.
-    """
+    """Check that parts of the discriminator are nodes or null, and that features have heads."""
     for key, node in discriminator.items():
         if node is not None and not has_target(node):
             raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
@@ -251,6 +253,7 @@ def check_teacher(teacher: DictConfig) -> None:
     if (Path(path) / locate.INDEX).is_file() and family:
         locate.check_kind(locate.index_of(path).get("_class_name"), family.kind_name(), path)
         check_settings(family, in_folder(Path(path)), f"teacher.path={path}")
+        refuse_generator(path, f"teacher.path={teacher.path}", "choose a diffusion model")
     if teacher.get("zero_terminal_snr"):
         limits.check_zero_snr(_scheduler_of(path).get("prediction_type"))
     if teacher.get("weights"):
@@ -265,7 +268,7 @@ def check_student(student: DictConfig) -> None:
     init = student.get("init")
     if student.get("_target_") == "distill.students.full" and init not in ("teacher", "random"):
         locate.denoiser_in(shipped(str(init)), "student.init", "must be teacher, random, or")
-    check_counts(OmegaConf.create({"student": student}), {"student.rank": 1, "student.shift": 1})
+    check_counts(OmegaConf.create({"student": student}), STUDENT_COUNTS)
 
 
 def check_features(discriminator: DictConfig) -> None:
@@ -337,21 +340,9 @@ def check_metrics(metrics: DictConfig) -> None:
     if Path(path).is_dir():
         material.coco(path, metrics.prompts)
     else:
-        Lines(path, "metrics.path", metrics.get("column"))
+        Lines(path, "metrics.path", metrics.get("column"), metrics.get("category"), True)
     material.check_reference(metrics.reference and shipped(metrics.reference))
     check_networks(metrics)
-
-
-def check_networks(metrics: DictConfig) -> None:
-    """Check that the networks of the chosen measures exist, or may be on the hub."""
-    needed = {metrics.scores[name].get("network") for name in metrics.measures}
-    for name in sorted(needed & set(metrics.networks)):
-        node = metrics.networks[name]
-        for key in ("path", "processor"):
-            path = shipped(str(node.get(key) or "")).removeprefix("local-dir:")
-            if locate.is_local(path) and not Path(path).exists():
-                what = f"no such file or folder{locate.near(path)}; give one, or a name of the hub"
-                raise FileNotFoundError(f"metrics.networks.{name}.{key}={node[key]}: {what}")
 
 
 def check_decoder(method: DictConfig) -> None:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Layers that autocast computes in bfloat16. Classes with a forward of their own are left alone.
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FORWARDS = {layer.forward for layer in LAYERS}
+META = torch.device("meta")
 ERROR = 2**15  # the largest rounding error of bfloat16, in units of the last bit of float32
 
 
@@ -75,6 +76,9 @@ class HalfWeights:
         """
         if self._rests or self._halved_for_good:
             return
+        if device == META:
+            self._halve_shapes()
+            return
         for name, parameter in list(frozen_layer_weights(self._model)):
             rounded, rest = _split(parameter.data.to(device or parameter.device))
             if rest is None:
@@ -87,6 +91,12 @@ class HalfWeights:
             layer = self._model.get_submodule(module)
             self._hooks.append(layer.register_load_state_dict_pre_hook(self._before_loading))
 
+    def _halve_shapes(self) -> None:
+        """`halve` for weights without values."""
+        for _, parameter in list(frozen_layer_weights(self._model, meta=True)):
+            parameter.data = parameter.data.to(torch.bfloat16)
+            self._halved_for_good = True
+
     @torch.no_grad()
     def quantize(self, kind: Kind, *, device: torch.device | None = None) -> None:
         """Quantise the frozen weights of linear and convolutional layers, until `restore`.
@@ -96,8 +106,10 @@ class HalfWeights:
         if self._originals or self._rests:
             return
         self._dtype = self.dtype
-        for name, layer in list(quantizable(self._model)):
+        for name, layer in list(quantizable(self._model, meta=device == META)):
             original = quantize_layer(layer, kind, device)
+            if original.is_meta:
+                continue
             self._originals[name] = nn.Parameter(original.data.to("cpu"), requires_grad=False)
             self._hooks.append(layer.register_load_state_dict_pre_hook(self._before_loading))
 
@@ -171,8 +183,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
-def frozen_layer_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Name and value of the frozen float32 parameters that only layers in bfloat16 read."""
+def frozen_layer_weights(
+    model: nn.Module, *, meta: bool = False
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and value of the frozen float32 parameters that only layers in bfloat16 read.
+
+    With `meta` parameters without values count too.
+    """
     read_by_others = {
         id(parameter)
         for module in model.modules()
@@ -181,7 +198,8 @@ def frozen_layer_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     }
     for name, parameter in model.named_parameters():
         wanted = parameter.dtype == torch.float32 and not parameter.requires_grad
-        if wanted and id(parameter) not in read_by_others and not parameter.is_meta:
+        valued = meta or not parameter.is_meta
+        if wanted and id(parameter) not in read_by_others and valued:
             yield name, parameter
 
 

@@ -223,8 +223,8 @@ def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def generator_like(x: Tensor, seed: int) -> torch.Generator:
-    """A generator on the device of x with this seed."""
-    return torch.Generator(x.device).manual_seed(seed)
+    """A generator on the device of x with this seed; meta tensors have that of the CPU."""
+    return torch.Generator("cpu" if x.is_meta else x.device).manual_seed(seed)
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:

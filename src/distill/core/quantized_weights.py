@@ -178,10 +178,11 @@ def restore_layer(layer: Any, weight: nn.Parameter) -> None:
     layer._parameters["weight"] = weight
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantizable(model: nn.Module, *, meta: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Name and layer of the frozen weights that a linear or convolutional layer alone reads.
 
-    Classes with a forward of their own are left alone, and so are adapters and small layers.
+    Classes with a forward of their own are left alone, and so are adapters and small layers. With
+    `meta` weights without values count too.
     """
     forwards = {layer.forward for layer in LAYERS}
     uses: dict[int, int] = {}
@@ -192,7 +193,9 @@ def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if type(module).forward not in forwards or not _pads_by_numbers(module):
             continue
         weight = module._parameters.get("weight")
-        if weight is None or weight.requires_grad or uses[id(weight)] > 1 or weight.is_meta:
+        if weight is None or weight.requires_grad or uses[id(weight)] > 1:
+            continue
+        if weight.is_meta and not meta:
             continue
         if weight.is_floating_point() and weight.numel() >= SMALLEST:
             yield name, module

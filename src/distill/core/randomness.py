@@ -141,4 +141,6 @@ def generator(
         mixed = mixed * 0x9E3779B97F4A7C15 + part * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB
         mixed %= 2**63
         mixed ^= mixed >> 29
-    return torch.Generator(device).manual_seed(mixed)
+    # Meta tensors, on which memory is counted, have no generator: what is drawn has no values.
+    kind = torch.device(device).type
+    return torch.Generator("cpu" if kind == "meta" else device).manual_seed(mixed)

@@ -21,7 +21,7 @@ Unlike the other targets it does not approach x_hat for a good sample: on latent
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -268,7 +268,7 @@ class TeacherSamples:
     ) -> Tensor:
         """Noise [B, C, H, W] -> samples of the same shape."""
         x_t, scale = noise, float(self.guidance)
-        shift = ResolutionShift.of(self.shift, "method.real.shift")
+        shift = cast("ResolutionShift | None", self.shift)  # since __post_init__
         levels = shift.of_levels(self.levels, noise.shape) if shift else self.levels
         for now, later in pairwise([*levels, 0.0]):
             t = level_like(noise, now)

@@ -12,20 +12,28 @@ class Lines:
     """The lines of a text file that are not blank, those of a column of a table (`tables`), or the
     texts of a list, as raw samples.
 
-    Raises ValueError, naming `key`, if there are none.
+    `labels`, read if `labelled`, are the categories of a table's lines; [] without such a column.
+    Raises ValueError, naming `key`, if there are no lines.
     """
 
     def __init__(
-        self, path: str | Sequence[str], key: str = "data.path", column: str | None = None
+        self,
+        path: str | Sequence[str],
+        key: str = "data.path",
+        column: str | None = None,
+        category: str | None = None,
+        labelled: bool = False,
     ):
         table = isinstance(path, str) and is_table(path)
-        if column is not None and not table:
-            what = "are read of a .csv, .tsv, .jsonl or .parquet; leave it out"
-            raise ValueError(
-                f"{key.rpartition('.')[0]}.column={column}: columns {what}".lstrip(".")
-            )
+        self.labels: list[str] = []
+        for name, value in (("column", column), ("category", category)):
+            if value is not None and not table:
+                what = "are read of a .csv, .tsv, .jsonl or .parquet; leave it out"
+                where = f"{key.rpartition('.')[0]}.{name}={value}"
+                raise ValueError(f"{where}: columns {what}".lstrip("."))
         if table:
-            self.path, self.lines = str(path), texts_of(str(path), key, column)
+            self.path = str(path)
+            self.lines, self.labels = texts_of(self.path, key, column, category, labelled)
             return
         if not isinstance(path, str):
             self.path, self.lines = key, [str(text) for text in path]

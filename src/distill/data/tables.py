@@ -29,7 +29,11 @@ from distill.storage.bounded import LINES, text_of
 from distill.terminal.secret import masked
 from distill.terminal.shown import shown
 
-TEXTS = ("prompt", "caption", "text")  # columns that are taken without being named, best first
+# Columns that are taken without being named, best first; also in upper case or plural, as those of
+# PartiPrompts and DrawBench.
+TEXTS = ("prompt", "caption", "text")
+PLURALS = ("prompts", "captions", "texts")
+CATEGORIES = ("category",)
 PICTURES = ("image", "jpg", "png", "webp", "img")
 READ = (".csv", ".tsv", ".jsonl", ".parquet")  # suffixes of tables of prompts
 ROWS = 64  # ours: read at once, so that memory does not grow with a row group
@@ -56,10 +60,14 @@ def need_pyarrow(what: str) -> Any:
 # -- prompts ---------------------------------------------------------------------------------------
 
 
-def texts_of(path: str, key: str, column: str | None) -> list[str]:
-    """The texts of a column; cells without text are left out. `key` is that of the path.
+def texts_of(
+    path: str, key: str, column: str | None, category: str | None = None, labelled: bool = False
+) -> tuple[list[str], list[str]]:
+    """The texts of a column, and their categories; rows without text are left out.
 
-    Without a name the column is one of TEXTS, or the only one. Raises ValueError, naming the key.
+    `key` is that of the path. Without a name the column is one of TEXTS, or the only one. The
+    categories, which are read if `labelled`, are those of the column `category`; None: of
+    CATEGORIES, or [] if there is no such column. Raises ValueError, naming the key.
     """
     columns_key = f"{key.rpartition('.')[0]}.column".lstrip(".")
     try:
@@ -70,7 +78,7 @@ def texts_of(path: str, key: str, column: str | None) -> list[str]:
             raise ValueError(said) from None
         raise ValueError(f"{key}={path}: cannot be read as a table ({said}); repair it") from None
     names = list(dict.fromkeys(name for row in rows for name in row))
-    name = _column(names, column, TEXTS, f"{key}={path}", columns_key)
+    name = _column(names, column, (*TEXTS, *PLURALS), f"{key}={path}", columns_key)
     cells = [row.get(name) for row in rows]
     if odd := next((cell for cell in cells if not isinstance(cell, str | None)), None):
         what = f"its column {name} holds {shown(odd, 40)}, which is no text"
@@ -78,7 +86,19 @@ def texts_of(path: str, key: str, column: str | None) -> list[str]:
     texts = [" ".join((cell or "").split("\n")).strip() for cell in cells]
     if not any(texts):
         raise ValueError(f"{key}={path}: its column {name} has no text; check it")
-    return [text for text in texts if text]
+    labels: list[str] = []
+    if labelled and (category is not None or _named(names, CATEGORIES)):
+        labels_key = f"{key.rpartition('.')[0]}.category".lstrip(".")
+        of_labels = _column(names, category, CATEGORIES, f"{key}={path}", labels_key)
+        said = (str(row.get(of_labels) or "none").strip() for row in rows)
+        labels = [label for label, text in zip(said, texts, strict=True) if text]
+    return [text for text in texts if text], labels
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The columns with one of these names, the best first; else those in another case."""
+    exact = [name for name in wanted if name in names]
+    return exact or [n for w in wanted for n in names if str(n).casefold() == w]
 
 
 def _column(
@@ -87,18 +107,31 @@ def _column(
     """The column that is named, or one of the usual names, or the only one."""
     if wanted is not None and wanted in names:
         return wanted
-    found = [name for name in usual if name in names] if wanted is None else []
+    found = _named(names, usual if wanted is None else [wanted.casefold()])
+    if len(found) > 1 and found[0].casefold() == found[1].casefold():
+        what = f"has the columns {found[0]} and {found[1]}"
+        raise ValueError(f"{where}: {what}; name one by {key}=")
     if found or (wanted is None and len(names) == 1):
         return (found or list(names))[0]
     has = f"only {', '.join(map(str, names))[:120]}" if names else "nothing"
-    lacks = wanted if wanted is not None else f"{', '.join(usual[:-1])} or {usual[-1]}"
+    usual = [name for name in usual if name not in PLURALS]
+    known = f"{', '.join(usual[:-1])} or {usual[-1]}" if usual[1:] else usual[0]
+    lacks = known if wanted is None else wanted
     raise ValueError(f"{where}: has no column {lacks}, {has}; name one by {key}=")
 
 
 def _of_csv(path: str, where: str) -> list[dict[str, Any]]:
-    text = io.StringIO(text_of(Path(path), LINES, "utf-8-sig"), newline="")
-    mark = "\t" if path.lower().endswith(".tsv") else ","
-    return [dict(row) for row in csv.DictReader(text, delimiter=mark, restkey="?", strict=True)]
+    text, is_tsv = text_of(Path(path), LINES, "utf-8-sig"), path.lower().endswith(".tsv")
+    options: dict[str, Any] = {"delimiter": "\t" if is_tsv else ",", "restkey": "?"}
+    try:
+        quoted = csv.DictReader(io.StringIO(text, newline=""), strict=True, **options)
+        return [dict(row) for row in quoted]
+    except csv.Error:
+        if not is_tsv:
+            raise
+    # Tabs need no quotes: those of PartiPrompts.tsv are part of its prompts.
+    plain = csv.DictReader(io.StringIO(text, newline=""), quoting=csv.QUOTE_NONE, **options)
+    return [dict(row) for row in plain]
 
 
 def _of_jsonl(path: str, where: str) -> list[dict[str, Any]]:

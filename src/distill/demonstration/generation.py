@@ -18,6 +18,7 @@ from distill.machine.hardware import device
 from distill.sampling import distilled, rounds_up, seeded, to_bytes
 from distill.sampling.guided import guided_steps
 from distill.storage.pictures import to_rgb
+from distill.worlds.shapes.frames import LEAST
 from distill.worlds.shapes.grammar import parse
 from distill.worlds.shapes.judge import Judge
 from distill.worlds.shapes.reader import CHOICES, SLOTS, targets
@@ -78,8 +79,9 @@ class Models:
 
     def __init__(self, student: Any, teacher: Any, sampler: Any, size: Any = None):
         self.student, self.teacher, self.sampler, self.size = student, teacher, sampler, size
-        sides = self._sides(student)
-        self.judge = Judge.load() if sides == (SIDE, SIDE) else None
+        of_shapes = student.sides_of(student.latent_shape) == (SIDE, SIDE)
+        readable = of_shapes and min(self._sides(student)) >= LEAST
+        self.judge = Judge.load() if readable else None
 
     @classmethod
     def load(cls, run: str, teacher: str | None, *, size: Any, dtype: str) -> Models:
@@ -203,7 +205,7 @@ def timed(steps: Iterator[Any]) -> Generator[None, None, tuple[Any, float]]:
 
 
 def read(judge: Judge, pictures: Tensor, prompt: Prompt) -> list[Answer]:
-    """The reader's answers for pictures, uint8 [N, 3, 64, 64], to the questions of the prompt."""
+    """The reader's answers for pictures, uint8 [N, 3, H, W], to the questions of the prompt."""
     _, read_answers = judge.read(pictures.float() / 127.5 - 1)
     expected = targets([prompt])
     answers = []

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from distill.core.half_weights import HalfWeights
 from distill.core.randomness import uniform
 from distill.core.types import Cond
 from distill.machine.faults import first_line
-from distill.storage.hub_settings import check_folder
+from distill.machine.meta_device import is_shapes_only
+from distill.storage.hub_settings import NO_CODE, check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.storage.pictures import IMAGENET
 
@@ -57,17 +58,7 @@ class ImageFeatures(nn.Module):
         random_weights: int | None = None,
     ):
         super().__init__()
-        where = f"discriminator.features.path={path}"
-        check_folder(path, where)
-        try:
-            model, report = AutoModel.from_pretrained(
-                path, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, ImportError) as error:  # not downloaded, damaged, no ViT
-            advice = "give a folder of a transformers ViT, or check the hub id and the network"
-            raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
-        check_all_loaded(report, where, type(model).__name__, spare=UNUSED)
-        check_finite(model, where)
+        model = _read(path)
         if random_weights is not None:
             model = untrained(model, random_weights)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
@@ -153,6 +144,26 @@ class ImageFeatures(nn.Module):
             x.shape[-1] == self.model.config.image_size or self.model.config.model_type == "dinov2"
         )
         return self.model(x, **options, **({} if native else {"interpolate_pos_encoding": True}))
+
+
+def _read(path: str) -> Any:
+    """The network at this path. Raises ValueError for one that cannot be read."""
+    where = f"discriminator.features.path={path}"
+    check_folder(path, where)
+    try:
+        if is_shapes_only():
+            with torch.device("meta"):
+                config = AutoConfig.from_pretrained(path, local_files_only=True, **NO_CODE)
+                return AutoModel.from_config(config)
+        model, report = AutoModel.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **NO_CODE
+        )
+    except (OSError, ValueError, ImportError) as error:  # not downloaded, damaged, no ViT
+        advice = "give a folder of a transformers ViT, or check the hub id and the network"
+        raise ValueError(f"{where}: cannot be read ({first_line(error)}); {advice}") from None
+    check_all_loaded(report, where, type(model).__name__, spare=UNUSED)
+    check_finite(model, where)
+    return model
 
 
 def untrained(model: nn.Module, seed: int) -> nn.Module:

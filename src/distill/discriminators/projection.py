@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.core.types import Batch, Cond
 from distill.discriminators.images import ImageFeatures
+from distill.machine.meta_device import is_shapes_only
 from distill.storage.loaded_weights import check_finite
 
 
@@ -30,9 +31,13 @@ class OpenClipText(nn.Module):
 
     def __init__(self, name: str = "ViT-g-14", pretrained: str = "laion2b_s34b_b88k"):
         super().__init__()
-        model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
+        if is_shapes_only():
+            model = open_clip.create_model(name, device="meta")
+        else:
+            model = open_clip.create_model(name, pretrained=pretrained or None, weights_only=True)
         model.visual = None  # the image encoder is not used
-        check_finite(model, f"discriminator.condition.text: {name}, {pretrained},")
+        if not is_shapes_only():
+            check_finite(model, f"discriminator.condition.text: {name}, {pretrained},")
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(name)
         self.width = self(["a"]).shape[1]

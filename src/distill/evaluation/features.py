@@ -36,16 +36,21 @@ def features(
     square: bool = True,
     batch_size: int = 16,
     workers: int = 0,
+    captions: Sequence[str] = (),
 ) -> Tensor:
     """Features [N, D] in float32, on the CPU; with `square`, of the largest centred square.
 
     They are cached in the folder `cache`. The file name is a hash of the network, its weights, and
-    the names, sizes and times of the pictures.
+    the names, sizes and times of the pictures. A network that needs captions gets one of each
+    picture.
     """
+    captions = captions if network.needs == "captions" else ()
     key = (
         f"{network} upright {square}"
         f" {[(path.name, (s := path.stat()).st_size, s.st_mtime_ns) for path in paths]}"
     )
+    if captions:
+        key += f" {list(captions)}"
     file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if not file.is_file():
         workers = min(workers, cores())
@@ -62,9 +67,11 @@ def features(
             torch.inference_mode(),
             Bar(f"computing features by {network.name}", len(paths), **units) as bar,
         ):
-            parts = []
+            parts: list[Tensor] = []
             for batch in loader:
-                parts.append(network.images(batch.to(device)).float().cpu())
+                done = sum(map(len, parts))
+                said = [captions[done : done + len(batch)]] if captions else []
+                parts.append(network.images(batch.to(device), *said).float().cpu())
                 bar.advance(len(batch))
         found = torch.cat(parts)
         network.model.to("cpu")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from distill.core.tensors import fingerprint
 from distill.machine.faults import first_line, quiet_logging
 from distill.storage.bounded import check_archive
-from distill.storage.hub_settings import check_folder
+from distill.storage.hub_settings import NO_CODE, check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.storage.pictures import IMAGENET
 from distill.terminal.progress import stage
@@ -52,6 +52,7 @@ class Describer(ABC):
 
     model: nn.Module
     scale = 1.0
+    needs: ClassVar[str] = ""  # "captions": `images` also takes the caption of each picture
 
     def __init__(self, name: str, shown: str):
         # Both are texts of the protocol: the network, and how it preprocesses pictures.
@@ -107,7 +108,7 @@ class Describer(ABC):
         """An RGB picture of any size -> the input of the network, [3, S, S]."""
 
     @abstractmethod
-    def images(self, batch: Tensor) -> Tensor:
+    def images(self, batch: Tensor, *captions: Sequence[str]) -> Tensor:
         """Prepared pictures [B, 3, S, S] -> features [B, D]."""
 
 
@@ -117,10 +118,11 @@ def clean_resize(picture: Image.Image, size: int) -> Tensor:
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)[0]
 
 
-def _load_complete(kind: Any, path: str) -> nn.Module:
+def load_complete(kind: Any, path: str) -> nn.Module:
     """A transformers model in float32; ValueError unless its files hold every tensor."""
     check_folder(path, f"metrics: {path}")
-    model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    options = {"dtype": torch.float32, "output_loading_info": True, **NO_CODE}
+    model, report = kind.from_pretrained(path, **options)
     check_all_loaded(report, path, type(model).__name__)
     return model
 
@@ -147,7 +149,7 @@ class Inception(Describer):
     def prepare(self, picture: Image.Image) -> Tensor:
         return (clean_resize(picture, 299) - 128) / 128
 
-    def images(self, batch: Tensor) -> Tensor:
+    def images(self, batch: Tensor, *captions: Sequence[str]) -> Tensor:
         for name in LAYERS:  # its `forward` takes bytes, and resizes them without a filter
             batch = getattr(self.model, name)(batch)
         return batch.flatten(1)
@@ -163,12 +165,12 @@ class Dinov2(Describer):
     def _read(self) -> nn.Module:
         from transformers import AutoModel
 
-        return _load_complete(AutoModel, self.path)
+        return load_complete(AutoModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         return normalize(clean_resize(picture, self.size) / 255, *IMAGENET)
 
-    def images(self, batch: Tensor) -> Tensor:
+    def images(self, batch: Tensor, *captions: Sequence[str]) -> Tensor:
         return self.model(batch).last_hidden_state[:, 0]
 
 
@@ -226,7 +228,7 @@ class OpenClip(TwoTowers):
     def prepare(self, picture: Image.Image) -> Tensor:
         return self.transform(picture)
 
-    def images(self, batch: Tensor) -> Tensor:
+    def images(self, batch: Tensor, *captions: Sequence[str]) -> Tensor:
         return self.model.encode_image(batch, normalize=True)
 
     def _texts(self, captions: list[str], device: torch.device) -> Tensor:
@@ -249,9 +251,9 @@ class Clip(TwoTowers):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         check_folder(self.processor, f"metrics: {self.processor}")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.processor)
-        self.image_processor = AutoImageProcessor.from_pretrained(self.processor)
-        return _load_complete(CLIPModel, self.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.processor, **NO_CODE)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.processor, **NO_CODE)
+        return load_complete(CLIPModel, self.path)
 
     def prepare(self, picture: Image.Image) -> Tensor:
         if self.whole:
@@ -261,7 +263,7 @@ class Clip(TwoTowers):
             )
         return self.image_processor(picture, return_tensors="pt").pixel_values[0]
 
-    def images(self, batch: Tensor) -> Tensor:
+    def images(self, batch: Tensor, *captions: Sequence[str]) -> Tensor:
         return F.normalize(self.model.get_image_features(batch).pooler_output, dim=1)
 
     def _texts(self, captions: list[str], device: torch.device) -> Tensor:

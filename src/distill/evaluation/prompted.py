@@ -32,6 +32,7 @@ from distill.core.limits import drawn_at_once
 from distill.core.types import Denoiser
 from distill.data.folder import MOST_CAPTION
 from distill.data.lines import Lines
+from distill.evaluation.categories import check_categories, with_categories
 from distill.evaluation.features import cache_folder, features, open_rgb
 from distill.evaluation.networks import Clip, Describer, Dinov2
 from distill.evaluation.references import check_measures, check_variety, coco, pictures_in
@@ -78,6 +79,7 @@ class Prompted:
         square: crop generated and real pictures to their largest centred square.
         workers: of the DataLoader that reads pictures.
         column: of prompts in a table.
+        category: column of their categories; None: category, if the table has one.
     """
 
     networks: Mapping[str, Describer]
@@ -97,11 +99,13 @@ class Prompted:
     batch_size: int | None = None
     workers: int = 4
     column: str | None = None
+    category: str | None = None
 
     def __post_init__(self) -> None:
         check_measures(self.measures, self.scores)
         self.data = Path(self.path).name
         self.captions_by_name: dict[str, str] = {}
+        self.labels: list[str] = []  # the category of every caption
         self.reference_paths: list[Path] = []
         if Path(self.path).is_dir():
             self.data = "COCO2017 val, first caption of each picture"
@@ -111,7 +115,10 @@ class Prompted:
                 for path, caption in zip(self.reference_paths, self.captions, strict=True)
             }
         else:
-            self.captions = Lines(self.path, "metrics.path", self.column).lines[: self.prompts]
+            lines = Lines(self.path, "metrics.path", self.column, self.category, True)
+            self.captions = lines.lines[: self.prompts]
+            self.labels = lines.labels[: self.prompts]
+            check_categories(self.labels)
         if self.reference:
             self.reference_paths = pictures_in(Path(self.reference))
         needing = self._measures_needing("reference")
@@ -151,7 +158,7 @@ class Prompted:
             )
 
     def _measures_needing(self, kind: str) -> list[str]:
-        return [name for name in self.measures if self.scores[name].needs == kind]
+        return [n for n in self.measures if kind in (self.scores[n].needs, self._network(n).needs)]
 
     def _network(self, measure: str) -> Any:
         return self.networks[self.scores[measure].network]
@@ -312,23 +319,30 @@ class Prompted:
         }
         for name in self.measures:
             score, network = self.scores[name], self._network(name)
-            pictures, varied = features(paths, network, cache, **options).tensor_split(
-                [len(captions) or len(paths)]
-            )
+            # of those for variety no other measure needs a number
+            some = paths[: len(captions) or None] if score.needs == "pictures" else paths
+            found_all = features(some, network, cache, captions=captions, **options)
+            pictures, varied = found_all.tensor_split([len(captions) or len(paths)])
             if score.needs == "reference":
                 beside = features(self.reference_paths, network, cache_folder(), **options)
             elif score.needs == "captions":
                 beside = network.texts(captions, device)
+            elif score.needs == "pictures":
+                beside = pictures
             elif len(varied):
                 beside = varied.unflatten(0, (-1, self.variety[1]))
             else:  # a folder of pictures
                 continue
             value = score(pictures, beside, network.scale)
             found |= value if isinstance(value, dict) else {name: value}
-            numbers = score.by_picture(pictures, beside, network.scale)
-            if numbers is not None and captions:
-                outcomes[name] = numbers
-        return {**found, OUTCOMES: packed(outcomes)} if outcomes else found
+            single = score.by_picture(pictures, beside, network.scale)
+            if single is not None and captions:
+                outcomes[name] = single
+        if not outcomes:
+            return found
+        numbers = {name: values.tolist() for name, values in outcomes.items()}
+        labels = self.labels if captions == self.captions else []
+        return with_categories({**found, OUTCOMES: packed(outcomes)}, numbers, labels)
 
     def _protocol(self, first: Path, captions: list[str], data: str) -> dict[str, Any]:
         """The settings that decide whether scores are comparable; `first` is a picture."""

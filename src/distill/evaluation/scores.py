@@ -18,7 +18,7 @@ class Score(ABC):
     """A score. `network` is a key of metrics.networks; `needs` names the second argument.
 
     reference: features of real pictures [M, D]. captions: features of the captions [N, D]. varied:
-    features of n pictures for each of G captions [G, n, D].
+    features of n pictures for each of G captions [G, n, D]. pictures: nothing.
     """
 
     network: str
@@ -117,6 +117,18 @@ class Alignment(Score):
     def by_picture(self, pictures: Tensor, beside: Tensor, scale: float) -> Tensor:
         cosine = (pictures.double() * beside.double()).sum(1)
         return cosine * (scale if self.scaled else 1.0)
+
+
+class Reward(Score):
+    """Mean of the number that the network itself gives each picture, [N, 1]."""
+
+    needs = "pictures"
+
+    def __call__(self, pictures: Tensor, beside: Tensor, scale: float) -> float:
+        return self.by_picture(pictures, beside, scale).mean().item()
+
+    def by_picture(self, pictures: Tensor, beside: Tensor, scale: float) -> Tensor:
+        return pictures[:, 0].double()
 
 
 class Variety(Score):

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -28,6 +29,7 @@ from distill.sampling import (
     FewSteps,
     distilled,
     in_precision,
+    possible_steps,
     sampler_of,
     seeded,
 )
@@ -36,13 +38,15 @@ from distill.storage.atomic import write_atomic
 from distill.storage.fingerprints import path_fingerprint
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
-from distill.worlds.shapes.judge import SEEDS, Judge, judging_prompts
+from distill.worlds.shapes.frames import LEAST, sides
+from distill.worlds.shapes.judge import FRAME, SEEDS, Judge, judging_prompts
 from distill.worlds.shapes.render import render
 from distill.worlds.shapes.world import SIDE, Prompt, draw_scene
 
 BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take twice as long
 SHOWN = 16  # pictures of each row in the comparison
 MASKED = 3  # of the seeds of pictures to fill; the judge's renders have 2
+CHECKED, GOOD = 200, 0.95  # ours: renders of another size, and the least share of them read right
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -55,8 +59,12 @@ FIXED_PROTOCOL = {
 class Shapes:
     """The protocol. `guidance` is a many-step teacher's; student and few-step teachers have none.
 
-    `precision` is that of the denoiser.
+    Args:
+        precision: that of the denoiser.
+        size: pixels a side, or [width, height]; None: 64x64.
     """
+
+    any_size: ClassVar[bool] = True
 
     prompts: int = 400
     student_steps: Sequence[int] = (1, 2, 4)
@@ -64,9 +72,12 @@ class Shapes:
     guidance: float = 3.0
     seed: int = 0
     precision: str = "auto"
+    size: int | Sequence[int] | None = None
 
     def fits(self, teacher: PipelineTeacher) -> None:
-        """Raise ValueError for a teacher whose pictures the reader of shapes cannot read."""
+        """Raise ValueError for a teacher whose pictures the reader of shapes cannot read, and for
+        sizes that the teacher cannot make or the reader does not read well.
+        """
         if getattr(teacher, "video", False):
             what = "the reader of shapes reads pictures, and this teacher makes videos"
             raise ValueError(f"metrics: {what}; leave them out by ~metrics")
@@ -79,6 +90,27 @@ class Shapes:
             raise ValueError(
                 f"metrics: {what}; use metrics=coco5k or prompts, or ~metrics to train"
             )
+        if self.size is not None and sides(self.size) != FRAME:
+            self._check_size(teacher)
+
+    def _check_size(self, teacher: PipelineTeacher) -> None:
+        key = f"metrics.size={self.size}"
+        if not self.any_size:
+            what = f"this protocol has pictures of {SIDE} pixels a side alone"
+            raise ValueError(f"{key}: {what}; leave it out, or use metrics=shapes")
+        teacher.shape_of(self.size, "metrics.size")
+        size = sides(self.size)
+        if min(size) < LEAST:
+            raise ValueError(f"{key}: the largest object needs {LEAST} pixels; take larger sides")
+        prompts = judging_prompts(CHECKED, seed=self.seed, size=size)
+        found = Judge.load().render_accuracy(prompts, seed=self.seed, size=size)
+        if found < GOOD:
+            what = f"the reader gets {found:.1%} of {CHECKED} renders of this size right"
+            raise ValueError(f"{key}: {what}, too few to judge by; take smaller sides")
+
+    def judging_prompts(self) -> list[Prompt]:
+        """The prompts of a row, a picture of each."""
+        return judging_prompts(self.prompts, seed=self.seed, size=sides(self.size))
 
     def __call__(
         self,
@@ -99,7 +131,7 @@ class Shapes:
             with Bar(what, count, unit="image", rate="images") as bar:
                 scores, shown = self._evaluate(judge, teacher, sample, bar)
             rows.append({"who": who, "steps": n, **scores})
-            strips.append((shown[:SHOWN] + 1) / 2)
+            strips.append(_squared((shown[:SHOWN] + 1) / 2))
         protocol = {
             "prompts": self.prompts,
             "seed": self.seed,
@@ -107,6 +139,9 @@ class Shapes:
             "precision": generation_precision(self, teacher),
             **self.fixed(),
         }
+        if (size := sides(self.size)) != FRAME:
+            # in a key that results of 64x64 have too, which are therefore not compared with these
+            protocol["reference"] += ", {} x {} pixels".format(*size)
         protocol |= {"student sampler": str(sampler or Consistency())}
         write_result(folder, protocol, rows, strips, model_fingerprint(folder, student))
         return rows
@@ -119,13 +154,14 @@ class Shapes:
         self, student: Denoiser, teacher: PipelineTeacher, sampler: FewSteps | None
     ) -> Iterator[tuple[str, int, Callable[..., Tensor]]]:
         """The rows, as `evaluated_samplers` gives them."""
-        return evaluated_samplers(self, student, teacher, sampler, teacher.latent_shape)
+        shape = teacher.shape_of(self.size, "metrics.size")
+        return evaluated_samplers(self, student, teacher, sampler, shape)
 
     def _evaluate(
         self, judge: Judge, teacher: PipelineTeacher, sample: Callable[..., Tensor], bar: Bar
     ) -> tuple[dict, Tensor]:
-        """The scores of one sampler, and its pictures [N, 3, S, S] in [-1, 1]."""
-        prompts, generate = judging_prompts(self.prompts, seed=self.seed), self.generate
+        """The scores of one sampler, and its pictures [N, 3, H, W] in [-1, 1]."""
+        prompts, generate = self.judging_prompts(), self.generate
         start = time.monotonic()
         images = generate(teacher, sample, prompts, range(len(prompts)), bar)
         seconds = (time.monotonic() - start) / len(prompts)
@@ -142,6 +178,15 @@ class Shapes:
     def generate(self, *args: Any) -> Tensor:
         """The pictures of `generate_pictures`."""
         return generate_pictures(*args)
+
+
+def _squared(pictures: Tensor) -> Tensor:
+    """Pictures [n, 3, H, W] in [0, 1] in the middle of white squares, as comparisons have them."""
+    height, width = pictures.shape[-2:]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    margins = (left, side - width - left, top, side - height - top)
+    return F.pad(pictures, margins, value=1.0)
 
 
 def evaluated_samplers(
@@ -166,7 +211,7 @@ def evaluated_samplers(
                 scales["image_guidance"] = image_guidance
             sample = partial(guided, teacher, steps=n, **scales)
         yield "teacher", n, partial(in_precision, sample, **options)
-    for n in protocol.student_steps:
+    for n in possible_steps(protocol.student_steps, student):
         sample = partial(sampler or Consistency(), student, steps=n)
         yield "student", n, partial(in_precision, sample, **options)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class EditedShapes(Shapes):
         image_guidance: the teacher's, by the source picture.
     """
 
+    any_size: ClassVar[bool] = False
     image_guidance: float = 1.5
 
     def fits(self, teacher: PipelineTeacher) -> None:

@@ -7,7 +7,7 @@ every step (`blend`).
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from distill.evaluation.shapes import Shapes, evaluated_samplers, generate_pictu
 from distill.sampling import FewSteps
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
-from distill.worlds.shapes.judge import Judge, as_saved, fresh_renders, judging_prompts
+from distill.worlds.shapes.judge import Judge, as_saved, judging_prompts
 
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -42,6 +42,7 @@ class FilledShapes(Shapes):
             models.
     """
 
+    any_size: ClassVar[bool] = False
     blend: bool = False
 
     def fits(self, teacher: PipelineTeacher) -> None:
@@ -75,7 +76,7 @@ class FilledShapes(Shapes):
         given = masked(prompts, range(len(prompts)))
         scores, outcomes = fill_scores(judge, pictures, given["pixels"], given[FILL])
         pasted = pasted_back(pictures, given["pixels"], given[FILL])
-        real = judge.read(fresh_renders(prompts, seed=self.seed))[0]
+        real = judge.reference(prompts, seed=self.seed).features
         features = judge.read(pasted)[0]
         scores["frechet"] = distances.frechet(features, real)
         outcomes["frechet"] = distances.frechet_by_sample(features, real, paired=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from distill.evaluation.categories import labels_of
 from distill.evaluation.results import outcomes_of
 from distill.storage.bounded import number_of
 from distill.terminal.shown import in_markdown, shown
@@ -48,12 +49,15 @@ TIME = "seconds_per_image"
 ATTRIBUTES = ("kind", "colour", "fill", "size", "axis", "background", "count")  # of `shapes`
 MEASURES = {  # key in evaluation.json -> measure
     "prompt_accuracy": Measure("Prompts right", "higher", PERCENT),
+    "render_accuracy": Measure("Renders right", "neither", PERCENT),  # of other sizes than 64x64
     "frechet": Measure("Fréchet distance", "lower", "{:,.1f}"),
     "fid": Measure("FID", "lower"),
     "clip_score": Measure("CLIP score", "higher"),
     "clip_score_b32": Measure("CLIP score, B/32", "higher"),
     "pick_score": Measure("PickScore", "higher"),
     "hps": Measure("HPS", "higher"),
+    "image_reward": Measure("ImageReward", "higher"),
+    "aesthetic": Measure("Aesthetic score", "higher"),
     "kid": Measure("KID", "lower"),
     "fd_dinov2": Measure("FD-DINOv2", "lower"),
     "cmmd": Measure("CMMD", "lower"),
@@ -88,13 +92,15 @@ SCORE_WIDTH = 18
 class Row(NamedTuple):
     """The scores of a sampler at one number of steps, which is 0 for real data.
 
-    `outcomes`: for some measures the number of every prompt, whose mean is the score.
+    `outcomes`: for some measures the number of every prompt, whose mean is the score. `categories`:
+    that of every prompt, if it has one.
     """
 
     who: str
     steps: int
     scores: dict[str, float]
     outcomes: Mapping[str, Sequence[float]] = {}
+    categories: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -130,11 +136,11 @@ def _row(row: Mapping[str, Any], where: str, finite: bool) -> Row:
     found = {key: number_of(row, key, where) for key in MEASURES if key in row}
     scores = {key: x for key, x in found.items() if x is not None}
     try:
-        outcomes = outcomes_of(row)
+        outcomes, categories = outcomes_of(row), labels_of(row)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     kept = {k: x for k, x in scores.items() if abs(x) < LARGEST_SCORE or not finite}
-    return Row(who, steps, kept, outcomes)
+    return Row(who, steps, kept, outcomes, categories)
 
 
 # -- the table -------------------------------------------------------------------------------------

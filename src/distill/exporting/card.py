@@ -17,7 +17,7 @@ from distill.storage.atomic import write_atomic, write_text_atomic
 from distill.storage.bounded import check_yaml, configuration_of, mapping_of, number_of, text_of
 from distill.storage.safe_paths import is_own, is_trusted_run
 from distill.teachers.families import teacher_class
-from distill.teachers.loading.locate import STUDENT_INFO, denoiser_part, is_hub_id
+from distill.teachers.loading.locate import GENERATOR, STUDENT_INFO, denoiser_part, is_hub_id
 from distill.terminal.shown import in_markdown, shown
 
 PAPERS = {"LADD": "2403.12015", "ADD": "2311.17042", "NitroFusion": "2412.02030"}
@@ -63,10 +63,8 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
     steps, images = (number_of(facts, key, "run.json") for key in ("steps", "images_seen"))
     trained = "" if steps is None else f", trained for {steps} steps on {images} images"
     name = in_markdown(name)
-    kind = "A student of 1 to 4 steps, without guidance, of"
     tuned = (index.get(STUDENT_INFO) or {}).get("many_steps") is True
-    if tuned:
-        kind = "A tuned model, which samples in many guided steps as its teacher does, of"
+    kind = _kind(index, tuned)
     text += [f"{kind} {name or 'its teacher'}, by {in_markdown(method)}{paper}{trained}.\n"]
     licence_name = licence.get("license_name") or licence.get("license")
     terms = "its folder names no licence: look it up, since it also applies to"
@@ -91,6 +89,15 @@ def write_card(folder: Path, run: Path, teacher: Path | None = None) -> Path:
         ]
     write_text_atomic(folder / "README.md", "\n".join(filter(None, text)))
     return folder / "README.md"
+
+
+def _kind(index: dict[str, Any], tuned: bool) -> str:
+    """What the model is, up to the name of its teacher."""
+    if GENERATOR in index.values():
+        return "A GAN's generator without a diffusion prior, of one step, in the latents of"
+    if tuned:
+        return "A tuned model, which samples in many guided steps as its teacher does, of"
+    return "A student of 1 to 4 steps, without guidance, of"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -160,7 +167,8 @@ def _usage(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str:
     arguments = "".join(f"    {name}={value},\n" for name, value in call.items())
     if "Flow" in scheduler and not trailing and not family.video:
         notes.append("Without `sigmas` the default grid of diffusers wastes its last step.")
-    notes += _notes(scheduler, library, kind, patched, without) + family.remarks(call)
+    notes += _notes(scheduler, library, kind, patched, without) + _of_generator(index)
+    notes += family.remarks(call)
     quantised = _read(folder / denoiser_part(folder) / "config.json").get("quantization_config")
     if quantised:
         notes.append("The weights are quantised: this needs `pip install torchao`, and bfloat16.")
@@ -310,6 +318,13 @@ def _notes(scheduler: str, library: str, kind: str, patched: bool, without: str)
     if library != "diffusers":
         notes.append(f"Its scheduler is `{library}.{scheduler}`: distill must be installed.")
     return notes
+
+
+def _of_generator(index: dict[str, Any]) -> list[str]:
+    """A sentence about the network of a GAN, which diffusers does not have."""
+    if GENERATOR not in index.values():
+        return []
+    return [f"Its network is `{'.'.join(GENERATOR)}`: distill must be installed."]
 
 
 def _measured(rows: Sequence[Row], evaluation: dict[str, Any]) -> str:

@@ -33,6 +33,8 @@ def push(folder: Path, repo: str) -> str:
             )
     except Exception as error:  # a missing login, right or network raises nearly anything
         what = f"cannot be pushed to ({first_line(error, 120)})"
-        advice = f"log in by `hf auth login`, then `hf upload {repo} {folder}`"
-        raise ValueError(f"repo={repo}: {what}; {advice}") from None
+        # Only a run's own folder may hold more than the student, and it is taken as it is again.
+        more = {file for file in folder.rglob("*") if not file.is_dir()} - set(files)
+        again = "give the command again" if more else f"`hf upload {repo} {folder} --private`"
+        raise ValueError(f"repo={repo}: {what}; log in by `hf auth login`, then {again}") from None
     return f"{api.endpoint}/{repo}"

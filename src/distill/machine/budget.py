@@ -29,6 +29,16 @@ def state_bytes(node: Mapping[str, Any]) -> float:
     return STATES.get(target, ADAM)
 
 
+def step_bytes(node: Mapping[str, Any], kind: str) -> float:
+    """Bytes that the optimiser of this node takes for each weight while it steps, on a device of
+    this kind: those that step through all tensors together need a copy of one moment.
+    """
+    target = str(node.get("_target_"))
+    of_torch = target in ("torch.optim.AdamW", "torch.optim.Adam")
+    together = of_torch and not node.get("fused") and kind == "cuda"
+    return 4.0 if together or target == f"{HERE}schedule_free" else 0.0
+
+
 def trained_bytes(node: Mapping[str, Any], loop: Mapping[str, Any]) -> tuple[float, float]:
     """Bytes on the device and on the host for each weight of the student: itself, its gradient, its
     optimiser's state and its average. `node` is its optimiser's, `loop` the loop's settings.

@@ -5,7 +5,7 @@ can be counted on any machine.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,26 +23,48 @@ def peak(work: Callable[[], Any]) -> int:
     Earlier tensors and workspaces of kernels do not count. Attention counts as in fused kernels,
     without its matrix of weights.
     """
-    counter = _Counter()
+    counter = Counter()
     with _FusedAttention(), counter:
         work()
     return counter.most
 
 
-class _Counter(TorchDispatchMode):
-    """Adds the bytes of each new storage, and subtracts them when it is freed."""
+class Counter(TorchDispatchMode):
+    """Adds the bytes of each new storage, and subtracts them when it is freed.
 
-    def __init__(self) -> None:
+    `now` are those of all that is counted, `most` the largest number of them so far. With `kind`
+    only tensors on devices of this kind count.
+    """
+
+    def __init__(self, kind: str | None = None) -> None:
         super().__init__()
         self.now = self.most = 0
+        self._kind = kind
         self._known: set[int] = set()
 
+    def hold(self, tensors: Iterable[Tensor]) -> int:
+        """Count these, which exist already, each storage once; returns the bytes that are new."""
+        before = self.now
+        for x in tensors:
+            if _key(x) not in self._known:
+                self._add(x)
+        return self.now - before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(x) for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)}
         made = func(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
+        found = (made,) if isinstance(made, Tensor) else tree_leaves(made)
+        new = [x for x in found if isinstance(x, Tensor) and _key(x) not in self._known]
+        if not new:
+            return made
+        given: set[int] | None = None
+        for x in new:
+            if self._kind is not None and x.device.type != self._kind:
+                continue
+            if given is None:
+                leaves = tree_leaves([args, kwargs])
+                given = {_key(y) for y in leaves if isinstance(y, Tensor)}
             # A view shares the storage of its base.
-            if isinstance(x, Tensor) and not (_key(x) in given or _key(x) in self._known):
+            if _key(x) not in given and _key(x) not in self._known:
                 self._add(x)
         return made
 

@@ -10,8 +10,7 @@
                         L_adv = -heads(fake, c_D)                                           # Eq. 2
                         L_distill = c(t) mean (x0_hat - teacher(x0_hat noised to t))^2      # Eq. 4
 
-At s = 1 only the student's input is pure noise (ours; the paper has zero terminal SNR). An eps
-network still divides by alpha_1 > 0; for v networks teacher.zero_terminal_snr sets alpha_1 = 0.
+At s = 1 the student's input is pure noise, also where alpha_1 > 0 (ours; the paper: alpha_1 = 0).
 """
 
 from dataclasses import dataclass
@@ -68,6 +67,7 @@ class ADD(Distillation):
 
     space = "pixels"  # input of the feature network
     takes_score_teacher = True  # Table 1e
+    takes_generator = True  # as a baseline: all that it asks of a student is x0 at t = 1
 
     def __init__(
         self,
@@ -111,15 +111,14 @@ class ADD(Distillation):
         )
 
     def student_sample(self, batch: Batch, draws: Draws, phase: Phase = "both") -> StudentSample:
-        s = draws.s
         real_g, fake_g = (generator_like(batch.x0, seed) for seed in draws.augment_seeds)
-        x_s = self.student_input(batch.x0, draws.noise, s)  # alpha_s x0 + sigma_s eps
-        x0_hat = self.student.x0(x_s, s, batch.cond)
+        x_s = self.student_input(batch.x0, draws.noise, draws.s)  # alpha_s x0 + sigma_s eps
+        x0_hat = self.student.x0(x_s, draws.s, batch.cond)
         with torch.no_grad():
-            real_pixels, cond = self._image(batch, s, draws.corner)
-            real = self.feature_network(real_pixels, s, cond, real_g)  # F_k(x0)
+            real_pixels, cond = self._image(batch, draws.s, draws.corner)
+            real = self.feature_network(real_pixels, draws.s, cond, real_g)  # F_k(x0)
         pixels = self.decode(square(x0_hat, self.crop, draws.corner))
-        fake = self.feature_network(pixels, s, cond, fake_g)  # F_k(x0_hat)
+        fake = self.feature_network(pixels, draws.s, cond, fake_g)  # F_k(x0_hat)
         return StudentSample(
             x0_hat=x0_hat, pixels=pixels, fake_features=fake, real_features=real, cond=cond
         )
@@ -128,16 +127,16 @@ class ADD(Distillation):
         self, x0: Tensor, t: Tensor, noise: Tensor, batch: Batch, generator: torch.Generator
     ) -> tuple[list[Tensor], Cond]:
         """For `distill inspect`: maps of full, clean images; of the real ones if x0 is batch.x0."""
-        with torch.no_grad():
-            real_pixels, cond = self._image(batch, t)
+        real_pixels, cond = self._image(batch, t)
         pixels = real_pixels if x0 is batch.x0 else self.decode(x0)
         return self.feature_network(pixels, t, cond, generator), cond
 
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        with_r1, maps = draws.gamma > 0, (sample.real_features, sample.fake_features)
-        logits = losses.both_logits(draws.critic, *maps, sample.cond, draws.s, for_r1=with_r1)
+        with_r1 = draws.gamma > 0
+        real, fake = sample.real_features, sample.fake_features
+        logits = losses.both_logits(draws.critic, real, fake, sample.cond, draws.s, for_r1=with_r1)
         terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # Eq. 3
         if with_r1:
             terms["r1"] = draws.gamma * losses.r1(logits.real, logits.inputs)  # Eq. 3
@@ -147,10 +146,9 @@ class ADD(Distillation):
         critic, s, cond = draws.critic, draws.s, sample.cond
         terms: dict[str, Tensor] = {}
         if self.adversarial_weight:
-            real_logits = critic(sample.real_features, s, cond) if self.adversarial.paired else None
-            fake_logits = critic(sample.fake_features, s, cond)
-            adv = self.adversarial.student(fake_logits, real_logits)  # Eq. 2
-            terms["adv"] = self.adversarial_weight * adv
+            real = critic(sample.real_features, s, cond) if self.adversarial.paired else None
+            fake = critic(sample.fake_features, s, cond)
+            terms["adv"] = self.adversarial_weight * self.adversarial.student(fake, real)  # Eq. 2
         if draws.distill:
             terms["distill"] = self.distill_weight * self._distill_loss(batch, draws, sample)
         return Losses(terms)  # Eq. 1: L_adv + lambda L_distill
@@ -160,14 +158,16 @@ class ADD(Distillation):
         assert draws.distill is not None
         if self.across:
             return self.across.loss(sample.pixels, batch.captions, draws.distill, self.negative)
-        negative, x_hat = avoided(self.teacher, self.negative, len(batch)), sample.x0_hat.detach()
-        target, c = self.distill(self.teacher, x_hat, batch.cond, draws.distill, negative)
+        negative = avoided(self.teacher, self.negative, len(batch))
+        x0_hat = sample.x0_hat.detach()
+        target, c = self.distill(self.teacher, x0_hat, batch.cond, draws.distill, negative)
         if not self.in_pixels:
             return losses.weighted_mse(sample.x0_hat, target, c)
         with torch.no_grad():
             target = self.decode(square(target, self.crop, draws.corner))
         return losses.weighted_mse(sample.pixels, target, c)
 
+    @torch.no_grad()
     def _image(self, batch: Batch, s: Tensor, corner: Corner | None = None) -> tuple[Any, Cond]:
         """The real image's crop, and c_D of the full image; decode(x0) stands for it (ours)."""
         x0, image = batch.x0, batch.pixels

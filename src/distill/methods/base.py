@@ -84,6 +84,7 @@ class Distillation(L.LightningModule, ABC):
     second_order = False  # whether a loss differentiates the heads twice: FSDP2 cannot shard those
     same_heads = False  # whether heads of a pool run at the same levels t on every rank
     many_steps = False  # whether its student samples in many guided steps, as its teacher does
+    takes_generator = False  # whether it can train a GAN's generator, which knows pure noise alone
     of_pairs = False  # whether its data are pairs of a winner and a loser
 
     def __init__(
@@ -198,6 +199,16 @@ class Distillation(L.LightningModule, ABC):
         """x_t; at t = 1 pure noise, where some schedules would keep a little of the data."""
         x_t = self.student.process.diffuse(x0, noise, t)
         return torch.where(column(t == 1, x_t), noise, x_t)
+
+    @staticmethod
+    def noise_of(batch: Batch, key: str) -> Tensor:
+        """The noise that the teacher's samples began as; ValueError, naming what needs it, if the
+        data do not tell.
+        """
+        if batch.noise is None:
+            what = "needs the noise of each sample: data.seeded=true, or make it 0"
+            raise ValueError(f"{key} {what}")
+        return batch.noise
 
     def on_before_batch_transfer(
         self, batch: Mapping[str, Any], dataloader_idx: int

@@ -107,7 +107,8 @@ class DMD2(Distillation):
         return replace(drawn, opponents=tuple(opponents))
 
     def _drawn(self, batch: Batch, times: Times, u: float, g: Generator, streams: Streams) -> Draws:
-        x0, levels = batch.x0, self.levels[: 1 + int(u * len(self.levels))]
+        x0, i = batch.x0, 1 + int(u * len(self.levels))  # i ~ {1 .. N}
+        levels = self.levels[:i]
 
         def renoising(times: Times, purpose: str) -> Renoising:
             return Renoising(levels_like(x0, times, streams.step, g, purpose), noise_like(x0, g))
@@ -147,8 +148,9 @@ class DMD2(Distillation):
         return Losses({"denoising": denoising, "adv": adv}, losses.critic_stats(real, fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
-        x, cond, terms = sample.x0_hat, batch.cond, {}
+        x, cond = sample.x0_hat, batch.cond
         assert x is not None
+        terms = {}
         if self.matching_weight:
             x_real, x_fake = self._scores(x, draws.score, cond)
             terms["matching"] = self.matching_weight * distribution_matching(x, x_real, x_fake)
@@ -157,10 +159,8 @@ class DMD2(Distillation):
             fake = self._logits(draws.critic, x_t, draws.fake.t, cond)
             terms["adv"] = self.adversarial_weight * self.adversarial.student(fake)
         if self.regression_weight:
-            if batch.noise is None:
-                what = "needs the noise of each sample: data.seeded=true, or make it 0"
-                raise ValueError(f"method.regression_weight {what}")
-            x0_hat = self.student.x0(batch.noise, level_like(batch.noise, 1), cond)
+            z = self.noise_of(batch, "method.regression_weight")
+            x0_hat = self.student.x0(z, level_like(z, 1), cond)
             terms["regression"] = self.regression_weight * losses.weighted_mse(x0_hat, batch.x0)
         return Losses(terms)
 

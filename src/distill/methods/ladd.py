@@ -83,9 +83,9 @@ class LADD(Distillation):
         super().__init__(players, real=real, loop=loop)
         self.levels, self.renoise = levels, renoise
         self.adversarial = losses.adversarial(loss, over_heads)
-        self.shared, self.misaligned, self.distill_weight = shared, misaligned, distill_weight
-        self.r1_weight, self.distill = r1_weight, distill or ScoreDistillation()
-        self.second_order = r1_weight > 0
+        self.shared, self.misaligned = shared, misaligned
+        self.distill, self.distill_weight = distill or ScoreDistillation(), distill_weight
+        self.r1_weight, self.second_order = r1_weight, r1_weight > 0
 
     def draw(self, batch: Batch, streams: Streams) -> Draws:
         t = levels_like(batch.x0, self.levels, streams.step, streams.sample)
@@ -120,9 +120,11 @@ class LADD(Distillation):
     def discriminator_loss(
         self, batch: Batch, draws: Draws, sample: StudentSample, update: int = 0
     ) -> Losses:
-        renoising, with_r1 = draws.real_renoising[update], self.r1_weight > 0
-        real, fake = sample.real_features if self.shared else None, sample.fake_features
-        real = real or self._real_features(batch, renoising, draws)
+        renoising, fake = draws.real_renoising[update], sample.fake_features
+        real = sample.real_features if self.shared else None
+        if real is None:
+            real = self._real_features(batch, renoising, draws)
+        with_r1 = self.r1_weight > 0
         times = {"t": renoising.t, "fake_t": draws.renoising.t}
         logits = losses.both_logits(draws.critic, real, fake, batch.cond, for_r1=with_r1, **times)
         terms = {"adv": self.adversarial.discriminator(logits.real, logits.fake)}  # ADD's Eq. 3
@@ -134,14 +136,13 @@ class LADD(Distillation):
         return Losses(terms, losses.critic_stats(logits.real, logits.fake))
 
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
-        critic, t_hat, real_logits = draws.critic, draws.renoising.t, None
-        if self.adversarial.paired and sample.real_features is not None:
-            real_logits = critic(sample.real_features, t_hat, batch.cond)
-        fake_logits = critic(sample.fake_features, t_hat, batch.cond)
-        terms = {"adv": self.adversarial.student(fake_logits, real_logits)}  # ADD's Eq. 2
+        critic, t, maps = draws.critic, draws.renoising.t, sample.real_features
+        real = critic(maps, t, batch.cond) if self.adversarial.paired and maps else None
+        fake = critic(sample.fake_features, t, batch.cond)
+        terms = {"adv": self.adversarial.student(fake, real)}  # ADD's Eq. 2
         if draws.distill:  # ADD's Eq. 4, in latents
-            x_hat = sample.x0_hat.detach()
-            target, c = self.distill(self.teacher, x_hat, batch.cond, draws.distill)
+            x0_hat = sample.x0_hat.detach()
+            target, c = self.distill(self.teacher, x0_hat, batch.cond, draws.distill)
             terms["distill"] = self.distill_weight * losses.weighted_mse(sample.x0_hat, target, c)
         return Losses(terms)
 

@@ -135,7 +135,8 @@ class NitroFusion(Distillation):
         x0_hat = self.student.x0(x_t, level_like(x_t, draws.levels[-1]), batch.cond)
         if not draws.heads_learn:
             return StudentSample(x0_hat=x0_hat, fake_features=[], real_features=[])
-        fake, real = self._features(x0_hat, draws.noise, batch, draws), []  # E(x_hat*_t*, t*)
+        fake = self._features(x0_hat, draws.noise, batch, draws)  # E(x_hat*_t*, t*)
+        real: list[Tensor] = []
         if phase != "student" or self.adversarial.paired:
             with torch.no_grad():
                 real = self._features(batch.x0, draws.real_noise, batch, draws)  # E(x*_t*, t*)
@@ -154,11 +155,10 @@ class NitroFusion(Distillation):
     def student_loss(self, batch: Batch, draws: Draws, sample: StudentSample) -> Losses:
         if draws.warm_start:
             return Losses(self._warm_start_terms(batch, draws, sample.x0_hat))
-        critic, t, real_logits = draws.critic, draws.t, None
-        if self.adversarial.paired:
-            real_logits = critic(sample.real_features, t, batch.cond)
-        fake_logits = critic(sample.fake_features, t, batch.cond)
-        return Losses({"adv": self.adversarial.student(fake_logits, real_logits)})  # L_adv^G
+        critic, t, cond = draws.critic, draws.t, batch.cond
+        real = critic(sample.real_features, t, cond) if self.adversarial.paired else None
+        fake = critic(sample.fake_features, t, cond)
+        return Losses({"adv": self.adversarial.student(fake, real)})  # L_adv^G
 
     def _features(self, x0: Tensor, noise: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
         return self.critic_features(x0, draws.t, noise, batch, draws.patch_generator())[0]
@@ -166,9 +166,7 @@ class NitroFusion(Distillation):
     def _warm_start_terms(self, batch: Batch, draws: Draws, x0_hat: Tensor) -> Terms:
         terms = {}
         if self.pairs_weight:
-            if batch.noise is None:
-                what = "needs the noise of each sample: data.seeded=true, or make it 0"
-                raise ValueError(f"method.pairs_weight {what}")
+            self.noise_of(batch, "method.pairs_weight")  # x0_hat is of the sample's own noise
             terms["regression"] = self.pairs_weight * losses.weighted_mse(x0_hat, batch.x0)
         if draws.distill:
             target, c = self.distill(self.teacher, x0_hat.detach(), batch.cond, draws.distill)

@@ -10,8 +10,10 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from distill.evaluation.categories import NOTE as FEW_NOTE
 from distill.evaluation.results import PADDING, comparable
 from distill.evaluation.tables import MEASURES, SPACE, steps_text
+from distill.report import by_category
 from distill.report.along_runs import along_runs, columns_in
 from distill.report.curves import chart_figure, legend, smoothed
 from distill.report.differences import HEADS, NOTE, differences, headline, notes
@@ -54,6 +56,9 @@ def _differences(lines: Sequence[Line]) -> Iterator[Markup]:
     found = differences(lines)
     if found:
         yield render("differences", HEADS, [difference.cells for difference in found], NOTE)
+    single = by_category.rows(lines)
+    if single:
+        yield render("differences", by_category.HEADS, single, FEW_NOTE, "By category")
 
 
 def _is_lower_better(key: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from distill.evaluation.results import comparable
+from distill.evaluation.statistics import Interval, difference_interval, paired_interval
 from distill.evaluation.tables import (
     MEASURES,
     Measure,
@@ -12,9 +13,9 @@ from distill.evaluation.tables import (
     markdown_table,
     steps_text,
 )
+from distill.report import by_category
 from distill.report.evaluation import MAIN
 from distill.report.runs import Line, text_table
-from distill.report.statistics import Interval, difference_interval, paired_interval
 from distill.terminal.shown import in_markdown
 
 SEEDS = 3  # ours: fewer seeds say nothing of a setting
@@ -134,6 +135,7 @@ def as_text(lines: Sequence[Line]) -> str:
     parts = [as_markdown(text_table(lines)), *sentences]
     if found:
         parts += [markdown_table(HEADS, found), NOTE]
+    parts += filter(None, [by_category.as_text(lines).strip("\n")])
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 

@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distill.evaluation.categories import FEW, marked, places_of
+from distill.evaluation.categories import NOTE as FEW_NOTE
 from distill.evaluation.results import comparable
+from distill.evaluation.statistics import Interval
 from distill.evaluation.tables import MEASURES, markdown_table, steps_text
 from distill.report.runs import Line
-from distill.report.statistics import Interval
 from distill.report.wins import elo, votes, win_rate
 from distill.terminal.shown import in_csv
 
 READER = "prompt_accuracy"  # judge=reader: the whole prompt right
 HEADS = ("judge", "model", "against", "wins", "95 % interval", "over")
 RATINGS = ("judge", "model", "ELO", "95 % interval", "over")
+CATEGORIES = ("judge", "category", "prompts", *HEADS[1:])
 NOTE = "A tie counts half. Intervals of ELO are over prompts and orders, not over seeds."
 
 
@@ -28,6 +31,8 @@ class Verdict(NamedTuple):
     judge: str
     wins: Sequence[tuple[str, str, Interval]]
     ratings: Mapping[str, Interval]
+    # category, number of its prompts, and the first three as in `wins`
+    by_category: Sequence[tuple[str, int, str, str, Interval]] = ()
 
 
 def judged(lines: Sequence[Line], judge: str) -> Verdict:
@@ -50,13 +55,26 @@ def judged(lines: Sequence[Line], judge: str) -> Verdict:
             " them anew by one protocol"
         )
     pairs = {(line_name(a), line_name(b)): _votes(a, b, key) for a, b in combinations(found, 2)}
-    return verdict(judge, pairs)
+    labels = {line.categories for line in found}
+    return verdict(judge, pairs, labels.pop() if len(labels) == 1 else ())
 
 
-def verdict(judge: str, pairs: Mapping[tuple[str, str], np.ndarray]) -> Verdict:
-    """Of votes [S, P] of the first name of each pair against the second, of the same P prompts."""
+def verdict(
+    judge: str, pairs: Mapping[tuple[str, str], np.ndarray], labels: Sequence[str] = ()
+) -> Verdict:
+    """Of votes [S, P] of the first name of each pair against the second, of the same P prompts.
+
+    `labels` are the categories of the prompts, if they have any.
+    """
     wins = [(a, b, win_rate(x)) for (a, b), x in pairs.items()]
-    return Verdict(judge, wins, elo({pair: x.mean(0) for pair, x in pairs.items()}))
+    by_category = [
+        (name, len(places), a, b, win_rate(x[:, places]))
+        for (a, b), x in pairs.items()
+        for name, places in places_of(labels).items()
+        if x.shape[1] == len(labels)
+    ]
+    ratings = elo({pair: x.mean(0) for pair, x in pairs.items()})
+    return Verdict(judge, wins, ratings, by_category)
 
 
 def as_text(verdicts: Sequence[Verdict]) -> str:
@@ -67,18 +85,28 @@ def as_text(verdicts: Sequence[Verdict]) -> str:
         for v in verdicts
         for name, interval in sorted(v.ratings.items(), key=lambda item: -item[1].value)
     ]
-    return "\n".join([markdown_table(HEADS, rows), markdown_table(RATINGS, rated), NOTE, ""])
+    parts = [markdown_table(HEADS, rows), markdown_table(RATINGS, rated), NOTE, ""]
+    single = [
+        [v.judge, marked(name, count), str(count), a, b, *_texts(interval, "{:.1%}")]
+        for v in verdicts
+        for name, count, a, b, interval in v.by_category
+    ]
+    if single:
+        parts += [markdown_table(CATEGORIES, single), FEW_NOTE, ""]
+    return "\n".join(parts)
 
 
 def as_csv(verdicts: Sequence[Verdict]) -> str:
     """wins.csv: the same numbers."""
     table = csv.writer(file := io.StringIO(), lineterminator="\n")
-    table.writerow(["judge", "measure", "model", "against", "value", "low", "high", "over"])
+    heads = ["judge", "measure", "model", "against", "value", "low", "high", "over"]
+    table.writerow([*heads, "category", "prompts"])
     for v in verdicts:
-        rows = [("win_rate", a, b, i) for a, b, i in v.wins]
-        rows += [("elo", name, "", i) for name, i in v.ratings.items()]
-        for measure, a, b, i in rows:
-            cells = [v.judge, measure, a, b, i.value, i.low, i.high, " ".join(i.over)]
+        rows: list[tuple[Any, ...]] = [("win_rate", a, b, i, "", "") for a, b, i in v.wins]
+        rows += [("elo", name, "", i, "", "") for name, i in v.ratings.items()]
+        rows += [("win_rate", a, b, i, name, n) for name, n, a, b, i in v.by_category]
+        for measure, a, b, i, *of in rows:
+            cells = [v.judge, measure, a, b, i.value, i.low, i.high, " ".join(i.over), *of]
             table.writerow(map(in_csv, cells))
     return file.getvalue()
 
@@ -89,7 +117,14 @@ def as_json(verdicts: Sequence[Verdict]) -> str:
     for v in verdicts:
         wins = [{"model": a, "against": b, **_numbers(i)} for a, b, i in v.wins]
         ratings = [{"model": name, **_numbers(i)} for name, i in v.ratings.items()]
-        found.append({"judge": v.judge, "win_rates": wins, "elo": ratings})
+        entry = {"judge": v.judge, "win_rates": wins, "elo": ratings}
+        if v.by_category:
+            entry["by_category"] = [
+                {"category": name, "prompts": count, "few": count < FEW, "model": a, "against": b}
+                | _numbers(i)
+                for name, count, a, b, i in v.by_category
+            ]
+        found.append(entry)
     return json.dumps({"verdicts": found}, indent=1) + "\n"
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from distill.evaluation import tables
 from distill.evaluation.results import FILE, PICTURE, Result, comparable, results_in
+from distill.evaluation.statistics import Interval, Sample, mean_interval
 from distill.evaluation.tables import MEASURES, TIME, Column, Row, Table, columns_of, rows_of
 from distill.report.evaluation import MAIN
-from distill.report.statistics import Interval, Sample, mean_interval
 from distill.storage.bounded import configuration_of, mapping_of, number_of
 from distill.storage.renames import renamed
 from distill.storage.safe_paths import check_own
@@ -202,6 +202,7 @@ class Line:
     values: Mapping[str, Sequence[float]]
     samples: Mapping[str, Sample] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    categories: Sequence[str] = ()  # of every prompt, where all runs have the same
 
     def mean(self, key: str) -> float:
         return statistics.fmean(self.values[key])
@@ -251,7 +252,9 @@ def _lines(group: str, who: str, runs: Sequence[Run]) -> Iterator[Line]:
         if who == "teacher":  # evaluated by every run on the same prompts: no spread over seeds
             scores = {key: [statistics.fmean(values)] for key, values in scores.items()}
         samples = {key: _sample(key, found, fixed=who == "teacher") for key in scores}
-        yield Line(group, who, steps, scores, samples, found[0][0].protocol)
+        labels = {tuple(row.categories) for _, row in found}
+        categories = labels.pop() if len(labels) == 1 else ()
+        yield Line(group, who, steps, scores, samples, found[0][0].protocol, categories)
 
 
 def _sample(key: str, found: Sequence[tuple[Run, Row]], *, fixed: bool) -> Sample:

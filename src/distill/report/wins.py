@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from distill.report.statistics import LEVEL, Interval, Sample, mean_interval
+from distill.evaluation.statistics import LEVEL, Interval, Sample, mean_interval
 
 K, START = 1.0, 1000.0  # ADD
 SCALE = 400.0  # Elo's own: ten times the odds

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import (
@@ -36,10 +36,12 @@ from distill.sampling.shifts import check_shift, shift_of
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
+from distill.terminal.console import note
 
 log = logging.getLogger(__name__)
 # steps_offset: Stable Diffusion's pipelines warn without it; these schedulers do not use it.
 STEPS_OFFSET = 1
+ONE_STEP = "this student is a GAN's generator, which makes a picture in one step from noise"
 ORIGINAL_STEPS = 4  # LCM's original_inference_steps, from which 1 to 4 steps are chosen
 
 
@@ -75,6 +77,22 @@ def rounds_up(student: Any) -> bool:
     `steps_left`.
     """
     return getattr(getattr(student, "network", student), "rounds_up", False)
+
+
+def has_one_step(student: Any) -> bool:
+    """Whether this student or pipeline knows pure noise alone, as a GAN's generator does."""
+    return bool(getattr(getattr(student, "network", student), "one_step", False))
+
+
+def possible_steps(wanted: Sequence[int], student: Any) -> list[int]:
+    """Those of the numbers of steps that the student has. Raises ValueError if it has none."""
+    if not has_one_step(student) or not wanted:
+        return list(wanted)
+    if 1 not in wanted:
+        raise ValueError(f"steps={list(wanted)}: {ONE_STEP}; use 1")
+    if len(wanted) > 1:
+        note(f"evaluated in one step alone: {ONE_STEP}")
+    return [1]
 
 
 def in_precision(
@@ -127,13 +145,15 @@ class FewSteps(ABC):
         """The noise levels of `steps` steps for latents of this shape, [C, H, W]; for an image the
         last `steps_left` of them, as in diffusers.
         """
+        if steps > 1 and has_one_step(student):
+            raise ValueError(f"steps={steps}: {ONE_STEP}; use steps=1")
         check_strength(steps, strength, rounds_up(student))
         if self.levels is not None and steps > len(self.levels):
             raise ValueError(f"steps={steps}: this sampler has {len(self.levels)} levels")
         levels = (
             self._trailing(steps, student) if self.levels is None else list(self.levels[:steps])
         )
-        shift = ResolutionShift.of(self.shift, "sampler.shift")
+        shift = cast("ResolutionShift | None", self.shift)  # since __post_init__
         if shift and shape:
             levels = shift.of_levels(levels, shape)
         return levels[steps - steps_left(steps, strength, rounds_up(student)) :]
@@ -215,6 +235,9 @@ class FewSteps(ABC):
                 f"sampler={type(self).__name__} needs a process that keeps {what}; use"
                 " sampler=consistency"
             )
+        if has_one_step(network) and self.levels and self.levels[0] != 1:
+            what = f"{ONE_STEP}, level 1; make it null"
+            raise ValueError(f"sampler.levels={list(self.levels)}: {what}")
         if self.shift:
             check_shift(self.shift, network, "sampler.shift")
 

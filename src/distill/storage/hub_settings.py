@@ -16,6 +16,9 @@ IMPLEMENTED = ("attn_implementation", "_attn_implementation", "_attn_implementat
 IMPLEMENTED += ("experts_implementation", "_experts_implementation")
 BUILT_IN = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 READ = ("config.json", "adapter_config.json", "tokenizer_config.json", "preprocessor_config.json")
+# For every `from_pretrained` of transformers that may find code named in a folder (auto_map): left
+# out, it asks at the terminal whether to run it.
+NO_CODE = {"trust_remote_code": False}
 
 
 def check_hub_settings(settings: Mapping[str, Any], file: Path) -> None:

@@ -33,6 +33,7 @@ from distill.storage.safe_paths import (
     check_regular_file,
     check_written_paths,
     open_regular_file,
+    separate_hard_links,
 )
 from distill.terminal.console import note
 from distill.terminal.secret import redacted
@@ -92,6 +93,7 @@ def one_writer(folder: Path, key: str, *, deep: bool = False) -> Iterator[None]:
     try:
         with _locked(folder / NAME, f"{key}={folder}"):
             remove_leftovers(folder, deep=deep)
+            separate_hard_links(folder)
             yield
     finally:
         if fresh:

@@ -1,15 +1,19 @@
 """Check a folder before writing into it: an untrusted one may have links out of it, or pipes.
 
 A link at a name that is written would overwrite its target, or have another folder written into and
-cleaned. A pipe would wait for ever. The folder itself may be a link, for example to a larger disk,
-and links at other names are ignored. Nothing here imports a slow library.
+cleaned. A hard link would be written under its other name too. A pipe would wait for ever. The
+folder itself may be a link, for example to a larger disk, and links at other names are ignored.
+Nothing here imports a slow library.
 """
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from distill.storage.atomic import open_atomic
 
 TRUST_RUN = "DISTILL_TRUST_RUN"
 # Files that are opened directly. All others are written atomically, which replaces a link.
@@ -20,6 +24,7 @@ FILES = re.compile(
 # Folders that are written into. Below FOLDERS without DEEP, only atomic writes happen.
 DEEP = ("checkpoints", "samples", "evaluation", "inspect", "processes", "train", "models")
 FOLDERS = (*DEEP, "student", "vae", "clip", "tokenizer")
+IN_PLACE = (".log", ".csv", ".jsonl", ".yaml", ".txt", ".db")  # suffixes of what is not replaced
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # Windows has neither
 
 
@@ -44,6 +49,19 @@ def check_written_paths(folder: Path, key: str) -> None:
             raise ValueError(f"{key}={folder}: {path} {what}; {hint}")
         if not path.is_dir():
             check_regular_file(path, f"{key}={folder}")
+
+
+def separate_hard_links(folder: Path) -> None:
+    """Replace files that are written in place by copies where they are hard links.
+
+    The other name keeps its content: that may be any file in a folder from a stranger, and an
+    earlier state in a user's backup of links.
+    """
+    for path in list(_written(folder)):
+        found = path.lstat()
+        if path.suffix in IN_PLACE and stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            with open_atomic(path) as copy, path.open("rb") as file:
+                shutil.copyfileobj(file, copy)
 
 
 def check_can_be_written(folder: Path, key: str) -> None:

@@ -14,6 +14,7 @@ from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.students.parts import cast, copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.loading.locate import (
+    GENERATOR,
     INDEX,
     STUDENT_INFO,
     check_part,
@@ -168,6 +169,8 @@ def _write_pipeline(
     there = {name: pair for name, pair in index.items() if isinstance(pair, list)}
     absent = [name for name in there if not (partial / name).is_dir()]
     index |= {name: [None, None] for name in absent}  # left out, or not downloaded from the hub
+    if student.one_step:
+        index[part] = GENERATOR
     library = OURS if type(scheduler).__module__ == OURS else "diffusers"
     index["scheduler"] = [library, type(scheduler).__name__]
     index[STUDENT_INFO] = {"options": teacher.family_options(), "call": teacher.call_options()}
@@ -177,7 +180,7 @@ def _write_pipeline(
         call = teacher.guided_call(sampler.guidance)
         index[STUDENT_INFO] |= {"call": call, "many_steps": True}
     elif sampler is not None:
-        levels = list(sampler.levels) if sampler.levels else None
+        levels = [1.0] if student.one_step else list(sampler.levels or ()) or None
         index[STUDENT_INFO]["sampler"] = {"name": type(sampler).__name__, "levels": levels}
         if sampler.shift is not None:  # the scheduler has its other settings
             index[STUDENT_INFO]["sampler"]["patch"] = sampler.shift.patch

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.machine.meta_device import kind_of
+
 SHORT = 512  # tokens up to which all scores are kept in memory
 
 
@@ -14,7 +16,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     On a CPU the fused kernel of torch 2.13 has a backward pass five times as slow in bfloat16 as
     plain matrix products.
     """
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16 or v.shape[2] > SHORT:
+    if kind_of(v) != "cpu" or v.dtype != torch.bfloat16 or v.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v

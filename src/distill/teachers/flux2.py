@@ -6,9 +6,8 @@ A latent is a square of 2x2 of the autoencoder's, standardised by its batch norm
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, forma
 from torch import Tensor
 
 from distill.core.types import Cond
+from distill.teachers.chat import ChatTeacher
 from distill.teachers.flux import Packed
-from distill.teachers.sized import SizedTeacher
 
 SQUARE = 2  # side of a latent in the autoencoder's
 
@@ -55,7 +54,7 @@ class Folded(Packed):
         }
 
 
-class Flux2Family(SizedTeacher):
+class Flux2Family(ChatTeacher):
     """What both pipelines share. They have no pooled embedding, so heads are conditioned only on
     the noise level.
     """
@@ -81,18 +80,7 @@ class Flux2Family(SizedTeacher):
         mean, std = (y.view(1, -1, 1, 1).to(x) for y in (vae.bn.running_mean, std))
         return mean, std
 
-    def _longest_tokenizer(self) -> tuple[Any, int]:
-        # The template's tokens before the caption. Those after it are cut first.
-        tokenizer = getattr(self.pipeline.tokenizer, "tokenizer", self.pipeline.tokenizer)
-        before = self._in_template("\0").partition("\0")[0]
-        template = len(tokenizer(before, add_special_tokens=False).input_ids)
-        return tokenizer, self.length - template + len(tokenizer("").input_ids)
-
-    @abstractmethod
-    def _in_template(self, caption: str) -> str:
-        """The text that the language model reads."""
-
-    def _encode(self, captions: list[str]) -> Cond:
+    def _embedded(self, captions: list[str]) -> Cond:
         options = {"device": self.device, "max_sequence_length": self.length}
         return Cond(tokens=self.pipeline.encode_prompt(captions, **options)[0])
 
@@ -109,6 +97,8 @@ class Flux2(Flux2Family):
     """
 
     kind = Flux2Pipeline
+    caption_at = "messages[-1].content[0].text"
+    template_options: ClassVar[dict[str, Any]] = {"add_generation_prompt": False}
 
     def __init__(self, path: str, *, guidance: float = 4.0, **options: Any):
         self.guidance = guidance
@@ -120,12 +110,9 @@ class Flux2(Flux2Family):
     def call_options(self) -> dict[str, Any]:
         return {**super().call_options(), "guidance_scale": self.guidance}
 
-    def _in_template(self, caption: str) -> str:
-        message = format_input([caption], self.pipeline.system_message)
-        text: str = self.pipeline.tokenizer.apply_chat_template(
-            message, add_generation_prompt=False, tokenize=False
-        )[0]
-        return text
+    def _conversation(self, caption: str) -> list[dict[str, Any]]:
+        (messages,) = format_input([caption], self.pipeline.system_message)
+        return list(messages)
 
 
 class Flux2Klein(Flux2Family):
@@ -135,14 +122,11 @@ class Flux2Klein(Flux2Family):
     """
 
     kind = Flux2KleinPipeline
+    template_options: ClassVar[dict[str, Any]] = {
+        "add_generation_prompt": True,
+        "enable_thinking": False,
+    }
 
     @property
     def few_steps(self) -> bool:
         return bool(self.pipeline.config.get("is_distilled"))
-
-    def _in_template(self, caption: str) -> str:
-        message = [{"role": "user", "content": caption}]
-        text: str = self.pipeline.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-        return text

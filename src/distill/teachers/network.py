@@ -60,6 +60,7 @@ class Network(nn.Module):
     draws: tuple[int, int] = (0, 0)  # set to that of its family
     angles = False  # whether its pipeline steps in TrigFlow's angles; see `sampling.angles`
     shifts = False  # whether its pipeline tells the scheduler the size of the picture
+    one_step = False  # whether it knows pure noise alone, as a GAN's generator does
 
     def __init__(self, model: nn.Module, process: Process, prediction: Prediction):
         super().__init__()

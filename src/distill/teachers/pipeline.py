@@ -129,7 +129,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
             self._prepare(pipeline.vae)
         if checkpointing and pipeline.vae:
             pipeline.vae.enable_gradient_checkpointing()
-        self.network, self.without = self._network(), tuple(without)
+        self.network, self.without = self._generator() or self._network(), tuple(without)
         self.network.rounds_up, self.network.draws = self.rounds_up, self.draws
         self.own_parts = {"vae": autoencoder.home} if autoencoder else {}
         self.network.shift = pipeline.scheduler.config.get("shifted_timestep")
@@ -150,6 +150,10 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
     @abstractmethod
     def _network(self) -> Network:
         """The denoiser of the loaded `pipeline`."""
+
+    def _generator(self) -> Network | None:
+        """The GAN's generator in the place of the denoiser, in families that can call one."""
+        return None
 
     @abstractmethod
     def _encode(self, captions: list[str]) -> Cond: ...
@@ -211,15 +215,18 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
     def _load_deferred(self, kind: str) -> None:
-        """Load the deferred parts of this kind that are not loaded yet."""
-        for name, read in self.pipeline.deferred.items():
-            if name.startswith(kind) and name not in self._loaded_parts:
+        """Load the deferred parts of this kind. Loaded ones follow the teacher to its device."""
+        for name in [name for name in self.pipeline.deferred if name.startswith(kind)]:
+            if name not in self._loaded_parts:
                 self._loaded_parts.add(name)
                 with stage(f"loading the teacher's {name}, which cached data do not need"):
-                    part = read().eval().requires_grad_(False).to(self.device)
+                    part = self.pipeline.deferred[name]().eval().requires_grad_(False)
                 if name == "vae":
                     self._prepare(part)
                 setattr(self.pipeline, name, part)
+                check_parts(str(self.folder), self.pipeline.components)
+            if (part := getattr(self.pipeline, name)) is not None:
+                part.to(self.device)
 
     def release(self) -> None:
         """Remove the deferred parts that were loaded since."""
@@ -240,12 +247,9 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         """
         self._load_deferred("text_encoder")
         network = getattr(model, "network", model)
-        values = [
-            getattr(network, "shift", None),
-            getattr(network, "guidance", None),
-            network.prediction,
-        ]
-        values += [network.process.alpha(torch.linspace(0, 1, 9)).tolist()]
+        alphas = network.process.alpha(torch.linspace(0, 1, 9)).tolist()
+        values = [getattr(network, key, None) for key in ("shift", "guidance")]
+        values += [network.prediction, alphas]
         # keys that start with _ are set by diffusers, and their lists have no fixed order
         if scheduled:
             values += sorted(
@@ -275,7 +279,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
 
     @property
     def device(self) -> torch.device:
-        return next(p.device for p in self.parameters() if not p.is_meta)
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("meta"))
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.network.x0(x_t, t, cond)

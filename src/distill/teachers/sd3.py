@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
+from distill.teachers.generator import GeneratorNetwork, StyleGenerator
+from distill.teachers.loading.reading import home_of
+from distill.teachers.loading.shapes_only import stored
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights
 from distill.teachers.transformer import Transformer
@@ -83,6 +87,12 @@ class SD3(PipelineTeacher):
         self._silent()
         return MMDiT(self.pipeline.transformer)
 
+    def _generator(self) -> GeneratorNetwork | None:
+        if not isinstance(self.pipeline.transformer, StyleGenerator):
+            return None
+        self._silent()
+        return GeneratorNetwork(self.pipeline.transformer)
+
     def _longest_tokenizer(self) -> tuple[Any, int]:
         if self.pipeline.text_encoder_3 is None:  # then no encoder reads more than CLIP's 77 tokens
             return super()._longest_tokenizer()
@@ -94,9 +104,18 @@ class SD3(PipelineTeacher):
         """
         t5 = self.pipeline.text_encoder_3
         read = t5 is not None and not torch.compiler.is_exporting()  # which has no values
-        if read and not t5.encoder.final_layer_norm.weight.count_nonzero():
+        if read and not self._gain(t5).count_nonzero():
             self.pipeline.text_encoder_3 = None
         return self.pipeline.text_encoder_3 is None
+
+    def _gain(self, t5: Any) -> Tensor:
+        """The gain of its last layer; of an encoder without values that of its file."""
+        gain: Tensor = t5.encoder.final_layer_norm.weight
+        home = Path(home_of(self.folder, "text_encoder_3")) if self.folder else None
+        if not gain.is_meta or home is None:
+            return gain
+        found = stored(home / "text_encoder_3", "encoder.final_layer_norm.weight")
+        return torch.ones(1) if found is None else found
 
     def _encode(self, captions: list[str]) -> Cond:
         silent = self._silent()

@@ -6,16 +6,16 @@ template. Each has its own length, and so its own positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ZImagePipeline
 from torch import Tensor
 
 from distill.core.types import Cond
+from distill.teachers.chat import ChatTeacher
 from distill.teachers.next_dit import NextDiT
 from distill.teachers.ragged import padded, tokens_of
-from distill.teachers.sized import SizedTeacher
 
 
 class SingleStream(NextDiT):
@@ -43,7 +43,7 @@ class SingleStream(NextDiT):
         return self.grid(output[:, : height * width], x_t)
 
 
-class ZImage(SizedTeacher):
+class ZImage(ChatTeacher):
     """A `ZImagePipeline` (Z-Image or Z-Image-Turbo; folder or hub id).
 
     It has no pooled embedding, so heads are conditioned only on the noise level. Its pipeline's
@@ -61,6 +61,10 @@ class ZImage(SizedTeacher):
     rounds_up = True
     trailing = True
     single_file = "transformer"
+    template_options: ClassVar[dict[str, Any]] = {
+        "add_generation_prompt": True,
+        "enable_thinking": True,
+    }
 
     def __init__(self, path: str, *, few_steps: bool = False, **options: Any):
         self.few_steps = few_steps
@@ -75,15 +79,7 @@ class ZImage(SizedTeacher):
     def _network(self) -> SingleStream:
         return SingleStream(self.pipeline.transformer)
 
-    def _longest_tokenizer(self) -> tuple[Any, int]:
-        # The template's tokens before the caption. Those after it are cut first.
-        message = [{"role": "user", "content": "\0"}]
-        tokenizer = self.pipeline.tokenizer
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        before = tokenizer.apply_chat_template(message, **options).partition("\0")[0]
-        return tokenizer, self.length - len(tokenizer(before).input_ids)
-
-    def _encode(self, captions: list[str]) -> Cond:
+    def _embedded(self, captions: list[str]) -> Cond:
         options = {"device": self.device, "max_sequence_length": self.length}
         # The pipeline overwrites the list with the templated captions.
         found, _ = self.pipeline.encode_prompt(

@@ -17,6 +17,7 @@ from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
 STUDENT_INFO = "_distill"  # a student's entry in the index; diffusers ignores it
+GENERATOR = ["distill.teachers.generator", "StyleGenerator"]  # the denoiser's, of a GAN
 PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)  # C:/models does not match
 WEIGHTS = (".safetensors", ".bin")  # the preferred first
@@ -262,6 +263,12 @@ def pipeline_folder(run: Path) -> Path:
 def denoiser_part(folder: Path) -> str:
     """Name of the part of the pipeline in this folder that is the denoiser."""
     return "transformer" if (folder / "transformer").is_dir() else "unet"
+
+
+def holds_generator(path: str) -> bool:
+    """Whether the pipeline or run in this folder has a GAN's generator in place of a denoiser."""
+    file = pipeline_folder(Path(path)) / INDEX
+    return file.is_file() and mapping_of(file).get("transformer") == GENERATOR
 
 
 def denoiser_in(path: str, key: str, or_else: str = "must be") -> Path:

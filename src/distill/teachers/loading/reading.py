@@ -17,11 +17,14 @@ from torch import nn
 
 from distill.core.limits import check_dtype
 from distill.machine.faults import first_line, quiet_logging
+from distill.machine.meta_device import is_shapes_only
 from distill.storage.bounded import mapping_of
 from distill.storage.hub_settings import check_folder
 from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.teachers.families import Family
+from distill.teachers.generator import StyleGenerator
 from distill.teachers.loading.locate import (
+    GENERATOR,
     INDEX,
     PICKLED,
     STUDENT_INFO,
@@ -33,6 +36,7 @@ from distill.teachers.loading.locate import (
     no_model,
 )
 from distill.teachers.loading.settings import check_settings, in_folder, lacking, refuse_quantised
+from distill.teachers.loading.shapes_only import without_weights
 
 OURS = "distill.teachers.schedulers"  # module of these schedulers
 SCHEDULERS = ((OURS, "FlowScheduler"), (OURS, "ShiftedLCMScheduler"))
@@ -244,6 +248,9 @@ def pipeline_classes(
             continue
         if tuple(pair) in SCHEDULERS:
             continue
+        if pair == GENERATOR:
+            classes[name] = StyleGenerator
+            continue
         library, found = pair
         module = LIBRARIES.get(library) or own_package(library, expected)
         if module is None:
@@ -272,6 +279,8 @@ def read_network(
         )
     check_part(folder, f"{key}={path}")
     refuse_quantised(mapping_of(folder / "config.json"), f"{key}={path}: its {part}/")
+    if is_shapes_only():
+        return without_weights(network, folder, options["dtype"])
     options["variant"] = variant_of(folder, options["variant"], key=f"{key}={path}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if options["use_safetensors"] and pickled and not any(folder.glob("*.safetensors")):

@@ -1,5 +1,6 @@
 """Optimisers beside those of torch: with a small state, with a learning rate of their own, for
-matrices. Each function is a `_target_` of the groups `optimizer` and `optimizer_of`.
+matrices. Each function is a `_target_` of the groups `optimizer` and `optimizer_of`: its signature
+is what a configuration is checked by, before the library is imported.
 
 Their libraries are extras, and imported only where they are used. What such an optimiser may have
 beside what one of torch has, the loop finds here:
@@ -163,9 +164,16 @@ def schedule_free(
     if not betas[0] > 0:
         what = "schedule_free interpolates by the first, which must be above 0; 0.9 is usual"
         raise ValueError(f"betas={list(betas)}: {what}")
-    more = {"r": r, "weight_lr_power": weight_lr_power, "per_tensor": per_tensor}
-    how = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-    return ScheduleFree(params, **how, **more)
+    return ScheduleFree(
+        params,
+        lr=lr,
+        betas=tuple(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+        r=r,
+        weight_lr_power=weight_lr_power,
+        per_tensor=per_tensor,
+    )
 
 
 def muon(

@@ -12,9 +12,10 @@ PERIOD, DOT_RADIUS = 8.0, 2.4  # pixels; two periods still fit the smallest obje
 DARK = 0.45  # the pattern is the object's own colour, darkened
 
 
-def render(scenes: Sequence[Scene]) -> np.ndarray:
-    """Scenes -> uint8 sRGB pictures [N, 64, 64, 3]."""
-    canvases = np.empty((len(scenes), SIDE, SIDE, 3), np.float32)
+def render(scenes: Sequence[Scene], size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
+    """Scenes -> uint8 sRGB pictures [N, height, width, 3]; `size` is [width, height]."""
+    width, height = size
+    canvases = np.empty((len(scenes), height, width, 3), np.float32)
     for canvas, scene in zip(canvases, scenes, strict=True):
         canvas[:] = _shaded(BACKGROUNDS[scene.background], scene.background_shade)
         for thing in scene.things:
@@ -29,8 +30,9 @@ def _shaded(colour: tuple[int, ...], shade: tuple[float, ...]) -> np.ndarray:
 def _paint(canvas: np.ndarray, thing: Placed) -> None:
     """Blend one object over the canvas, inside its bounding box."""
     reach = thing.radius * 1.25 + 2
-    x0, x1 = (int(np.clip(v, 0, SIDE)) for v in (thing.x - reach, thing.x + reach + 1))
-    y0, y1 = (int(np.clip(v, 0, SIDE)) for v in (thing.y - reach, thing.y + reach + 1))
+    height, width, _ = canvas.shape
+    x0, x1 = (int(np.clip(v, 0, width)) for v in (thing.x - reach, thing.x + reach + 1))
+    y0, y1 = (int(np.clip(v, 0, height)) for v in (thing.y - reach, thing.y + reach + 1))
     ys, xs = np.mgrid[y0:y1, x0:x1].astype(np.float32)
     cover = _cover(thing, xs, ys)[..., None]
     dark = _pattern(thing, xs - thing.x, ys - thing.y)[..., None]

@@ -140,13 +140,18 @@ def _caption(
     return text
 
 
-def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """A random scene that fits the prompt."""
+def draw_scene(
+    rng: np.random.Generator, prompt: Prompt, size: tuple[int, int] = (SIDE, SIDE)
+) -> Scene:
+    """A random scene that fits the prompt, in a frame of `size`, [width, height] in pixels.
+
+    Objects are as large as in any other frame. The prompt must fit, see `fits_in`.
+    """
     count = len(prompt.things)
     sizes = [t.size or str(rng.choice(SIZES)) for t in prompt.things]
     spans = [RADIUS[count][s] if count < 3 else RADIUS_OF_THREE for s in sizes]
     radii = [float(rng.uniform(*span)) for span in spans]
-    centres = _layout(rng, radii, prompt.axis)
+    centres = _layout(rng, radii, prompt.axis, size)
     things = tuple(
         Placed(
             t.kind,
@@ -168,21 +173,36 @@ def draw_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     )
 
 
+def fits_in(prompt: Prompt, size: tuple[int, int]) -> bool:
+    """Whether every scene of the prompt has room in a frame of `size`, [width, height]."""
+    count = len(prompt.things)
+    sizes = [thing.size or "large" for thing in prompt.things]
+    radii = [(RADIUS[count][s] if count < 3 else RADIUS_OF_THREE)[1] for s in sizes]
+    along, across = size[::-1] if prompt.axis == "vertical" else size
+    return _length(radii) <= along and 2 * max(radii) + 2 <= across
+
+
+def _length(radii: list[float]) -> float:
+    """Pixels that objects of these radii take along their axis, close together."""
+    return 2 * sum(radii) + 2.0 * len(radii)
+
+
 def _layout(
-    rng: np.random.Generator, radii: list[float], axis: str | None
+    rng: np.random.Generator, radii: list[float], axis: str | None, size: tuple[int, int]
 ) -> list[tuple[float, float]]:
     """Centres (x, y) in pixels: inside the frame, separate, and clearly ordered along `axis`."""
+    length, breadth = size[::-1] if axis == "vertical" else size
     gaps = [a + b + 2.0 for a, b in zip(radii, radii[1:], strict=False)]
-    slack = SIDE - 2.0 - radii[0] - radii[-1] - sum(gaps)
+    slack = length - 2.0 - radii[0] - radii[-1] - sum(gaps)
     shares = np.sort(rng.uniform(0, slack, len(radii)))
     along = 1.0 + radii[0] + np.concatenate([[0.0], np.cumsum(gaps)]) + shares
     # The offset across is below half the distance along the axis, so the order is clear.
-    middle = rng.uniform(1 + max(radii), SIDE - 1 - max(radii))
+    middle = rng.uniform(1 + max(radii), breadth - 1 - max(radii))
     reach = 0.25 * (min(gaps) if gaps else 0.0)
     across = np.clip(
         middle + rng.uniform(-reach, reach, len(radii)),
         1 + np.array(radii),
-        SIDE - 1 - np.array(radii),
+        breadth - 1 - np.array(radii),
     )
     points = (
         zip(along, across, strict=True) if axis != "vertical" else zip(across, along, strict=True)

@@ -1,0 +1,93 @@
+"""A training step that is counted on meta tensors takes what it takes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import distill
+from distill.config.step_memory import of_step
+from distill.machine.memory import Counter
+from distill.machine.meta_device import meta_device
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+
+
+def test_a_checkpointed_pass_under_autocast_is_counted():
+    """Ten layers keep ten inputs in bfloat16, ten casts of weights, and one layer's result."""
+    x = torch.empty(512, 512, device="meta")
+    weights = [torch.empty(512, 512, device="meta", requires_grad=True) for _ in range(10)]
+    dtypes = set()
+
+    def layer(x, weight):
+        found = F.linear(x, weight)
+        dtypes.add(found.dtype)
+        return F.silu(found)
+
+    with meta_device("cuda"), Counter("meta") as counter, torch.autocast("meta", torch.bfloat16):
+        for weight in weights:
+            x = checkpoint(layer, x, weight, use_reentrant=False)
+        kept = counter.now
+        with torch.autocast("meta", enabled=False):
+            x.float().sum().backward()
+    assert dtypes == {torch.bfloat16}
+    assert kept == (10 + 10) * 512 * 512 * 2
+    assert all(weight.grad.dtype == torch.float32 for weight in weights)
+    assert not torch.is_autocast_enabled("cpu")
+    with pytest.raises(RuntimeError):  # as torch has it outside
+        torch.autocast("meta")
+
+
+def counted(*words: str):
+    settings = distill.compose(*words, "data.batch_size=4", "trainer.precision=32-true")
+    return of_step(settings, "cuda")
+
+
+def test_options_that_save_memory_lower_the_count(pipelines):
+    plain = counted("method=ladd")
+    lora = counted("method=ladd", "student=lora", "student.checkpointing=true")
+    small = counted("student=lora", "teacher.quantize=nf4", "loop.optimizer_device=cpu")
+    assert plain.held["optimiser states"] == pytest.approx(2 * plain.held["student"], rel=0.06)
+    assert lora.within < 0.5 * plain.within
+    assert small.held["frozen denoiser"] < 0.3 * lora.held["frozen denoiser"]
+    assert small.held["optimiser states"] == 0
+    assert small.host > 2 * small.held["student"]
+    assert plain.peak == plain.within + sum(plain.held.values())
+
+
+def test_the_doctor_says_what_a_step_takes(command, pipelines):
+    code, out, err = command("doctor", f"teacher.path={pipelines('mmdit')}", "student=lora")
+    assert (code, err) == (0, "")
+    assert "held between steps, in GB: student " in out
+    assert re.search(r"one process .* GB a process, [\d.]+ GB of them within a step", out)
+    assert "on top" not in out.partition("these are counts")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=ladd", "trainer.precision=bf16-mixed", "student=lora"],
+        ["method=dmd2", "trainer.precision=32-true", "student.checkpointing=true"],
+    ],
+)
+def test_the_count_is_within_a_tenth_of_what_was_measured(words):
+    script = ROOT / "benchmarks" / "step_memory.py"
+    given = ["teacher=shapes", "data.batch_size=4", "data.num_workers=0", *words]
+    done = subprocess.run(
+        [sys.executable, str(script), *given], capture_output=True, encoding="utf-8", check=True
+    )
+    found = {}
+    for line in done.stdout.splitlines():
+        if matched := re.match(r" *(\d+) MiB  (.*)", line):
+            found[matched[2]] = int(matched[1])
+    measured = found["tensors at the peak"]
+    assert found["at the peak, as counted before"] == pytest.approx(measured, rel=0.1)
