@@ -238,3 +238,16 @@ def test_optimizers_and_averages_are_counted_by_their_kind():
     assert budget.frozen_bytes(2, "int8") == 1
     assert budget.frozen_bytes(2, "nf4") == 4.5 / 8
     assert budget.frozen_bytes(2, None) == 2
+
+
+def test_a_folder_of_pictures_and_micro_batches_are_counted(command, pipelines, tmp_path):
+    """Only the last micro-batch of an iteration trains; the gradient is within the step."""
+    data = tiny.write_pictures(tmp_path / "pictures", 4)
+    mine = ["teacher=sd15", f"teacher.path={pipelines('unet')}", "data=images", f"data.path={data}"]
+    within = []
+    for accumulate in (1, 3):
+        code, out, err = command("doctor", *mine, "data.size=64", f"loop.accumulate={accumulate}")
+        assert (code, err) == (0, "")
+        (line,) = (x for x in out.splitlines() if "one process or" in x)
+        within.append(float(re.search(r"([\d.]+) GB of them within a step", line)[1]))
+    assert min(within) > max(within) / 2 > 0

@@ -560,7 +560,7 @@ def test_a_network_of_pictures_names_no_other_model(tmp_path):
     with pytest.raises(ValueError, match=where):
         Pictures(str(tmp_path))
     with pytest.raises(ValueError, match="metrics: .*names another model"):
-        networks._load_complete(None, str(tmp_path))
+        networks.load_complete(None, str(tmp_path))
 
 
 def test_adapters_above_the_parts_name_no_other_model(command, pipelines, tmp_path):

@@ -16,7 +16,7 @@ from distill.config import compose, trust
 from distill.storage import trusted
 
 TEACHERS = (
-    "chroma.Chroma edit.Edits edit.FluxKontext edit.InstructPix2Pix "
+    "chat.ChatTeacher chroma.Chroma edit.Edits edit.FluxKontext edit.InstructPix2Pix "
     "edit.InstructPix2PixXL flux.Flux flux2.Flux2 flux2.Flux2Family "
     "flux2.Flux2Klein inpaint.Fills inpaint.FluxFill inpaint.SD3Inpaint "
     "inpaint.SDInpaint inpaint.SDXLInpaint kolors.Kolors lumina2.Lumina2 "
@@ -71,10 +71,11 @@ REVIEWED = {
         )
     },
     "metrics.networks.*": {
-        "distill.evaluation.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers"
+        "distill.evaluation.networks": "Clip Describer Dinov2 Inception OpenClip TwoTowers",
+        "distill.evaluation.rewards": "Aesthetic ImageReward",
     },
     "metrics.scores.*": {
-        "distill.evaluation.scores": "Alignment Frechet Kid Manifolds Mmd Score Variety"
+        "distill.evaluation.scores": "Alignment Frechet Kid Manifolds Mmd Reward Score Variety"
     },
     "trainer": {"lightning": "Trainer pytorch.Trainer"},
     "trainer.strategy": {"distill.training.strategies": "DataParallel FullyShardedDataParallel"},

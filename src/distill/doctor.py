@@ -338,8 +338,9 @@ def embedded(cfg: DictConfig) -> bool:
     """Whether the data hold embedded captions, so that no text encoder is read."""
     from distill.data.write import NULL
 
-    path = cfg.data.get("path")
-    return bool(path) and (Path(expand(shipped(str(path)))[0]).parent / NULL).is_file()
+    if not str(cfg.data.get("_target_")).endswith(".latents"):
+        return False
+    return (Path(expand(shipped(str(cfg.data.path)))[0]).parent / NULL).is_file()
 
 
 def _starting(counts: dict[str, int], prefix: str) -> int:

@@ -71,7 +71,8 @@ def of_step(cfg: DictConfig, kind: Kind) -> StepMemory:
         held = {name: counter.hold(of) for name, of in _parts(method, players, batch).items()}
         gc.collect()
         with torch.autocast("meta") if half else nullcontext(), counter:
-            method.training_step(batch, 0)
+            for i in range(method.loop.settings.accumulate):  # the last of them updates
+                method.training_step({key: _again(x) for key, x in batch.items()}, i)
         freed = before - _bytes(_frozen(method))
     waiting = players.host + _beside(method, before, freed, half)
     if kind != "cpu":
@@ -143,6 +144,11 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         if data.get("seeded"):
             batch["noise"] = empty(count, *teacher.latent_shape)
     return batch
+
+
+def _again(x: Any) -> Any:
+    """Another tensor of the same shape, as the next batch has it."""
+    return torch.empty_like(x) if isinstance(x, Tensor) else x
 
 
 def empty(*shape: int) -> Tensor:
