@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
 from distill.evaluation.networks import Describer, load_complete
-from distill.storage.bounded import check_archive, mapping_of
+from distill.storage.bounded import mapping_of
 from distill.storage.hub_settings import NO_CODE, check_folder
-from distill.storage.loaded_weights import check_all_loaded, check_stored
+from distill.storage.loaded_weights import check_all_loaded, tensors_of
 
 WIDTHS = (1024, 128, 64, 16, 1)  # of both MLPs, which have no activations
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -45,15 +44,6 @@ def _prepared(picture: Image.Image, side: int) -> Tensor:
         transforms.Normalize(*CLIP_PIXELS),
     )
     return transforms.Compose(steps)(picture)
-
-
-def _tensors_of(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch, by name."""
-    check_archive(file)
-    state = torch.load(file, weights_only=True, map_location="cpu")
-    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    check_stored(tensors.values(), file)
-    return tensors
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -88,7 +78,7 @@ class Aesthetic(Describer):
         from transformers import CLIPModel
 
         file = Path(self.pretrained)
-        tensors = {n.removeprefix("layers."): x for n, x in _tensors_of(file).items()}
+        tensors = {n.removeprefix("layers."): x for n, x in tensors_of(file).items()}
         clip = load_complete(CLIPModel, self.path)
         self.side = clip.config.vision_config.image_size
         mlp = _mlp(clip.config.projection_dim)
@@ -125,7 +115,7 @@ class ImageReward(Describer):
     """The reward of each picture for its caption: (MLP - .167) / 1.033, so that its authors' data
     have mean 0 and deviation 1.
 
-    `path`: a folder with ImageReward.pt and med_config.json, or a hub id; `tokenizer`: the same of
+    `path`: a folder with ImageReward.pt and med_config.json, or a hub id; `processor`: the same of
     its BERT.
     """
 
@@ -153,7 +143,7 @@ class ImageReward(Describer):
 
         file, settings = self._file(self.FILE), mapping_of(self._file(self.CONFIG))
         tensors = {
-            _renamed(name): x for name, x in _tensors_of(file).items() if not UNUSED.search(name)
+            _renamed(name): x for name, x in tensors_of(file).items() if not UNUSED.search(name)
         }
         check_folder(self.processor, f"metrics: {self.processor}")
         self.tokenizer = AutoTokenizer.from_pretrained(self.processor, **NO_CODE)

@@ -1,4 +1,4 @@
-"""Check loaded weights: no tensor may be missing, unused, or not finite."""
+"""Read files of torch; check weights: no tensor may be missing, unused, or not finite."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.storage.bounded import format_bytes
+from distill.storage.bounded import check_archive, format_bytes
 
 # Tensors of the other half of a larger model, such as the vision half of CLIP: they may be unused.
 OTHER_HALF = re.compile(
@@ -43,6 +43,19 @@ def check_all_loaded(
     }.items():
         if names:
             raise ValueError(f"{where} {what.format(first_few(names))}; {advice(names)}")
+
+
+def tensors_of(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch by name, also under `state_dict`; no code in it runs.
+
+    Raises nearly anything for a damaged file.
+    """
+    check_archive(file)
+    state = torch.load(file, weights_only=True, map_location="cpu")
+    state = state.get("state_dict", state)
+    tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    check_stored(tensors.values(), file)
+    return tensors
 
 
 def check_stored(tensors: Iterable[Any], file: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from distill.machine.faults import first_line
 from distill.storage.atomic import atomic_file
-from distill.storage.bounded import check_archive, parse_json_object
-from distill.storage.loaded_weights import check_finite, check_stored
+from distill.storage.bounded import parse_json_object
+from distill.storage.loaded_weights import check_finite, tensors_of
 from distill.teachers.loading.locate import in_repository, lora_in, no_file
 from distill.teachers.loading.lora_files import add_lora
 from distill.teachers.loading.reading import not_fetched
@@ -99,12 +99,7 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         if file.suffix != ".safetensors":
-            check_archive(file)
-            state = torch.load(file, weights_only=True, map_location="cpu")
-            state = state.get("state_dict", state)
-            tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-            check_stored(tensors.values(), file)
-            return tensors, {}
+            return tensors_of(file), {}
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         return tensors, about_weights(file)
