@@ -30,7 +30,6 @@ from distill.storage import locks
 from distill.terminal.shown import shown
 
 GB = 1e9
-RENDERS = "distill.data.source.drawn"
 BAD_LIGHTNING = ("2.6.2", "2.6.3")
 Line = tuple[str, str, str]  # ok, warn or fail; what; remedy
 WAIT = "wait for it, or choose another run_dir="
@@ -123,7 +122,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
     except ValueError as error:
         yield "fail", str(error), ""
         return
-    if str(cfg.data.get("_target_")) == RENDERS:
+    if cfg.data.get("_target_") == validate.DRAWN:
         yield "warn", "no data given: renders of shapes are assumed", "data=images data.path=..."
     path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
@@ -338,7 +337,7 @@ def embedded(cfg: DictConfig) -> bool:
     """Whether the data hold embedded captions, so that no text encoder is read."""
     from distill.data.write import NULL
 
-    if not str(cfg.data.get("_target_")).endswith(".latents"):
+    if cfg.data.get("_target_") != validate.LATENTS:
         return False
     return (Path(expand(shipped(str(cfg.data.path)))[0]).parent / NULL).is_file()
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill.config import build
 from distill.config.compose import make, shipped
 from distill.config.models import teacher_of
+from distill.config.validate import LATENTS, PROMPTS
 from distill.core.types import EMBEDDED, FILL
 from distill.data.datasets import LatentShards
 from distill.data.named import expand
@@ -123,8 +124,8 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
     """A batch as the loader gives it, on meta tensors."""
     data, count = cfg.data, int(cfg.data.batch_size)
     batch: dict[str, Any] = {"caption": [CAPTION] * count}
-    name = str(data.get("_target_")).rpartition(".")[2]
-    if name == "latents":
+    kind = data.get("_target_")
+    if kind == LATENTS:
         shards = LatentShards(expand(shipped(str(data.path)))[0], limit=1)
         shape = _largest(data.get("buckets") or shards.made.get("buckets")) or shards.shape[-2:]
         batch["x0"] = empty(count, *shards.shape[:-2], *shape)
@@ -133,7 +134,7 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
             batch["noise"] = torch.empty_like(batch["x0"])
         if data.get("embed_once") and not shards.null:
             batch |= teacher.embed(batch["caption"]).tensors()
-    elif name != "prompts":
+    elif kind != PROMPTS:
         cells = teacher.unit // teacher.patch
         sides = _largest(data.get("buckets")) or [data.get("size") or 0] * 2
         if not all(sides):

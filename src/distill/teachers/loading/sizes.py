@@ -14,6 +14,7 @@ from distill.storage.bounded import mapping_of
 from distill.teachers.loading import settings
 from distill.teachers.loading.locate import index_of
 from distill.teachers.loading.reading import home_of
+from distill.teachers.loading.shapes_only import without_weights
 from distill.terminal.shown import shown
 
 MOST_HEADER = 100_000_000  # bytes, as safetensors has it
@@ -93,9 +94,7 @@ def decoding(path: Path, side: int, dtype: str) -> int:
         raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
     kind = getattr(diffusers, name)
     precision = getattr(torch, dtype)
-    with torch.device("meta"):
-        # Not the model's own `to`: it warns of modules to keep in float32, even if there are none.
-        vae = torch.nn.Module.to(kind.from_config(config), precision).eval()
+    vae: Any = without_weights(kind, Path(home_of(path, "vae"), "vae"), precision)
     if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
     channels = config.get("latent_channels") or config.get("z_dim") or 4
