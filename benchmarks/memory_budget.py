@@ -22,16 +22,14 @@ from typing import Any
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from memory import GIB, decoding, sdxl
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from distill.discriminators.heads import ConvHeads
 from distill.machine import budget, memory
+from distill.machine.meta_device import meta_device
 
 DTYPE = torch.bfloat16
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -135,38 +133,6 @@ ROWS = {
 # -- counting --------------------------------------------------------------------------------------
 
 
-class _Attention(torch.autograd.Function):
-    """Keeps for the backward pass what a fused kernel keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        found = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, found)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-PRECISE = (F.layer_norm, F.group_norm, F.rms_norm, F.mse_loss)  # in float32 under autocast
-COARSE = (F.linear, torch.conv2d, F.conv2d, torch.matmul)  # in bfloat16
-
-
-class _Fused(TorchFunctionMode):
-    """Fused attention, and the dtypes of autocast, which meta tensors do not have."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func in PRECISE or func in COARSE:
-            dtype = DTYPE if func in COARSE else torch.float32
-            args, given = tree_map_only(Tensor, lambda x: x.to(dtype), (args, given))
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **given)
-        inputs = [*args[:3], *(given[k] for k in ("query", "key", "value")[len(args) :])]
-        return _Attention.apply(*(x.to(DTYPE) for x in inputs))
-
-
 def activations(row: Row, net: Any) -> int:
     """The most bytes of tensors in a step's two passes with gradient and their backward pass."""
     maps: list[Tensor] = []
@@ -177,11 +143,7 @@ def activations(row: Row, net: Any) -> int:
         maps.append(found)
 
     def run(block: Any, *inputs: Any) -> Any:
-        def fused(*given: Any) -> Any:
-            with _Fused():  # again where the backward pass computes it, which leaves modes
-                return block(*given)
-
-        return checkpoint(fused, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     if row.rank:
         scale = {"r": row.rank, "lora_alpha": row.rank}
@@ -190,7 +152,7 @@ def activations(row: Row, net: Any) -> int:
     x = empty(1, *row.latent).requires_grad_(True)
 
     def step() -> None:
-        with torch.enable_grad(), _Fused():
+        with torch.enable_grad(), meta_device("cuda"), torch.autocast("meta", dtype=DTYPE):
             sample = row.call(net, x)
             handles = [block.register_forward_hook(keep) for block in blocks(net)]
             row.call(net, sample)
