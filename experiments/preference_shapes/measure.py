@@ -25,8 +25,8 @@ from torchvision.utils import save_image
 
 from distill.config.models import student_of
 from distill.core import distances
-from distill.evaluation.statistics import Sample, mean_interval
 from distill.machine.hardware import autocast, precision
+from distill.report.wins import votes, win_rate
 from distill.sampling import Consistency, seeded
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_text_atomic
@@ -103,11 +103,8 @@ def won(measures: list[Tensor], others: list[Tensor]) -> tuple[float, float, flo
     """The share of prompts at which each seed's measure [N] is above the other's, and its interval
     over seeds and prompts.
     """
-    pairs = zip(measures, others, strict=True)
-    wins = torch.stack([(x > y).double() + (x == y).double() / 2 for x, y in pairs]).numpy()
-    found = mean_interval(Sample(wins.mean(1).tolist(), wins, fixed=len(wins) == 1))
-    # over three seeds the interval is wide, and may leave the range of a share
-    return found.value, max(found.low or 0.0, 0.0), min(found.high or 0.0, 1.0)
+    found = win_rate(votes(torch.stack(measures).numpy(), torch.stack(others).numpy()))
+    return found.value, found.low or 0.0, found.high or 0.0
 
 
 def seeds_of(out: Path) -> list[int]:
