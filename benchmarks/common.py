@@ -74,10 +74,10 @@ def unet_overrides(folder: Path) -> list[str]:
     return [*given, "data.batch_size=8", "method=ladd", "trainer.precision=32-true"]
 
 
-def noise_latents(folder: Path, shape: tuple[int, ...]) -> list[str]:
+def noise_latents(folder: Path, shape: tuple[int, ...], count: int = 64) -> list[str]:
     """Write latents of noise with captions; returns what distill.run needs to read them."""
     random = np.random.default_rng(0)
-    samples = ((f"{i:03d}", random.standard_normal(shape), f"number {i}") for i in range(64))
-    write_latents(str(folder / "latents-%06d.tar"), samples, per_shard=64)
+    samples = ((f"{i:03d}", random.standard_normal(shape), f"number {i}") for i in range(count))
+    write_latents(str(folder / "latents-%06d.tar"), samples, per_shard=count)
     path = folder / "latents-000000.tar"
     return ["data=latents", f"data.path={path}", "data.num_workers=0", "~metrics"]

@@ -1,212 +1,406 @@
-"""Speed and memory of training on networks of full size with random weights, so that nothing is
+"""Memory and speed of training on networks of full size with random weights, so that nothing is
 downloaded.
 
-    python benchmarks/full_size.py [networks=sd3,sdxl,flux] [sizes=512,1024] [steps=8] \
-        [any overrides of distill.run]
+    python benchmarks/full_size.py memory|speed [minutes=10] [rows=...] [steps=5] [at_once=4] \
+        [folder=/dev/shm] [out=FOLDER] [small] [any overrides of distill.run]
 
-sd3 is SD3-medium (2.0 B), sdxl SDXL (2.6 B), flux FLUX.1's layout with half of its blocks (6 B),
-which is trained as a LoRA. Each runs LADD in bfloat16 on latents of noise (the method does not
-mind), 4 a step. Passes and steps take turns, as in step_time.py. A row of the table has the step,
-its passes, the quotient, the share of the card's matrix product in bfloat16 that the passes'
-operations reach in a step, and the peak of the allocator.
+`memory` is what runs on small cards take: the peak of the allocator in the steps, beside the count
+of `doctor`. The allocator of a run with a target may hold no more than the target, less CONTEXT.
+Rows share a card, so their seconds are no measurement with at_once > 1.
 
-`small` shrinks every network, to try the script itself.
+`speed` is one network after another, alone on the card: the step, the passes that it cannot avoid,
+the quotient, the share of the card's matrix product in bfloat16 that the passes' operations reach
+in a step, and the peak. Passes and steps take turns, as in step_time.py.
+
+Every row is LADD on latents of noise (the method does not mind) in bfloat16 unless its options say
+otherwise. Rows come in order of importance. None starts after `minutes`, and what runs a minute
+later is stopped. A row that fails says why. `rows=z_image,klein` are the rows of these networks.
+Text encoders are small: a run that minds its memory has embedded its captions before. Networks are
+in networks.py, rows in full_size_rows.py. `small` shrinks every network, to try the script itself.
 """
 
 from __future__ import annotations
 
-import gc
+import shutil
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-from common import TOKENIZER, noise_latents
-from step_time import measure
+from children import Child, Failed  # before torch: it says how CUDA is asked for
 
+# isort: split
+import lightning as L
+import torch
+from common import composed, fit, noise_latents
+from full_size_rows import MEMORY, SPEED, Row
+from networks import latents_of, words_of, write
+from step_time import measure, now
+
+from distill.config import build
+from distill.config.step_memory import of_step
 from distill.machine.hardware import hardware
 
-Pipeline = diffusers.DiffusionPipeline
-BATCH = 4
-
-
-def vae(channels: int) -> diffusers.AutoencoderKL:
-    """A small one: latents are given, and nothing is decoded."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4}
-    blocks |= {"up_block_types": ("UpDecoderBlock2D",) * 4}
-    widths = (32, 32, 32, 32)
-    return diffusers.AutoencoderKL(block_out_channels=widths, latent_channels=channels, **blocks)
-
-
-def clip(kind: type, width: int, layers: int, heads: int) -> transformers.PreTrainedModel:
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    shape |= {"projection_dim": width, "intermediate_size": 4 * width}
-    return kind(transformers.CLIPTextConfig(**shape))
-
-
-def tokenizer() -> transformers.CLIPTokenizer:
-    return transformers.CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
-
-
-def sd3(small: bool) -> Pipeline:
-    kind = transformers.CLIPTextModelWithProjection
-    shapes = [(64, 1, 2), (64, 1, 2)] if small else [(768, 12, 12), (1280, 32, 20)]
-    texts = [clip(kind, *shape) for shape in shapes]
-    blocks = 2 if small else 24
-    net = diffusers.SD3Transformer2DModel(
-        sample_size=128,
-        in_channels=16,
-        out_channels=16,
-        num_layers=blocks,
-        num_attention_heads=blocks,
-        attention_head_dim=64,
-        caption_projection_dim=64 * blocks,
-        joint_attention_dim=4096,
-        pooled_projection_dim=sum(text.config.projection_dim for text in texts),
-        pos_embed_max_size=192,
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=net,
-        vae=vae(16),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=texts[0],
-        text_encoder_2=texts[1],
-        text_encoder_3=None,
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        tokenizer_3=None,
-    )
-
-
-def sdxl(small: bool) -> Pipeline:
-    shapes = [(64, 1, 2), (64, 1, 2)] if small else [(768, 12, 12), (1280, 32, 20)]
-    kinds = [transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection]
-    texts = [clip(kind, *shape) for kind, shape in zip(kinds, shapes, strict=True)]
-    net = diffusers.UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(32, 64, 64) if small else (320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 1) if small else (1, 2, 10),
-        attention_head_dim=(2, 2, 2) if small else (5, 10, 20),
-        cross_attention_dim=sum(text.config.hidden_size for text in texts),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=6 * 256 + texts[1].config.projection_dim,
-        use_linear_projection=True,
-    )
-    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return diffusers.StableDiffusionXLPipeline(
-        unet=net,
-        vae=vae(4),
-        scheduler=diffusers.EulerDiscreteScheduler(**schedule),
-        text_encoder=texts[0],
-        text_encoder_2=texts[1],
-        tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(),
-        add_watermarker=False,
-    )
-
-
-def flux(small: bool) -> Pipeline:
-    width = 64 if small else 4096
-    text = {"d_model": width, "d_kv": 64, "d_ff": 2 * width, "num_layers": 1, "num_heads": 4}
-    net = diffusers.FluxTransformer2DModel(
-        num_layers=1 if small else 9,
-        num_single_layers=1 if small else 19,
-        num_attention_heads=2 if small else 24,
-        joint_attention_dim=width,
-        pooled_projection_dim=64 if small else 768,
-        guidance_embeds=True,
-    )
-    shape = (64, 1, 2) if small else (768, 12, 12)
-    return diffusers.FluxPipeline(
-        transformer=net,
-        vae=vae(16),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        text_encoder=clip(transformers.CLIPTextModel, *shape),
-        tokenizer=tokenizer(),
-        text_encoder_2=transformers.T5EncoderModel(transformers.T5Config(**text)),
-        tokenizer_2=tokenizer(),
-    )
-
-
-# name -> the pipeline, the channels of its latents, and what its run needs
-NETWORKS = {
-    "sd3": (sd3, 16, ["teacher=sd3", "teacher.without=[text_encoder_3,tokenizer_3]"]),
-    "sdxl": (sdxl, 4, ["teacher=sdxl"]),
-    "flux": (flux, 16, ["teacher=flux", "student=lora"]),
+GB = 1e9
+CONTEXT = 0.6  # GB of a card that are CUDA's, not the allocator's
+GRACE = 60  # seconds that a row may take after the end
+SAMPLES = 16  # latents
+OWN = ("minutes", "rows", "steps", "at_once", "folder", "out")
+HEADS = {
+    "memory": (
+        "run, with options|counted, GB|peak of the steps|quotient|peak with the start|reserved"
+        "|card|seconds a step"
+    ),
+    "speed": "network|pixels a side|batch|options|step|passes|quotient|share of peak|memory",
 }
 
 
-def write(name: str, folder: Path, small: bool) -> list[str]:
-    """Write the pipeline with random weights; returns what distill.run needs to read it."""
-    build, _, words = NETWORKS[name]
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        pipeline = build(small)
-    pipeline.to(torch.bfloat16).save_pretrained(folder / "teacher")
-    return [*words, f"teacher.path={folder / 'teacher'}"]
+# -- what children do ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """The machine: its name, GB of its GPU, and operations a second of a product in bfloat16."""
+
+    name: str
+    memory: float | None
+    rate: float
+
+
+def card() -> Card:
+    memory = torch.cuda.get_device_properties(0).total_memory / GB if gpu() else None
+    return Card(f"{hardware()}; torch {torch.__version__}", memory, peak_rate())
+
+
+def gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def peak_rate() -> float:
     """Operations a second of a product of 8192 x 8192 matrices in bfloat16."""
-    side = 8192 if torch.cuda.is_available() else 512
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    side = 8192 if gpu() else 512
+    a, b = torch.randn(2, side, side, device="cuda" if gpu() else "cpu", dtype=torch.bfloat16)
     for _ in range(3):
         a @ b
-    wait()
-    began = time.perf_counter()
+    began = now()
     for _ in range(10):
         a @ b
-    wait()
-    return 10 * 2 * side**3 / (time.perf_counter() - began)
+    return 10 * 2 * side**3 / (now() - began)
 
 
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+@dataclass(frozen=True)
+class Plan:
+    """How all rows of a call run."""
+
+    full: bool
+    steps: int
+    overrides: tuple[str, ...]
+
+    def settings(self, row: Row, teacher: Path, place: Path) -> list[str]:
+        """The overrides of a row's run; its latents are written into `place`."""
+        place.mkdir(exist_ok=True)
+        shape = latents_of(row.network, row.side, row.frames, full=self.full)
+        data = noise_latents(place, shape, SAMPLES)
+        words = words_of(row.network, teacher, row.side, row.frames, full=self.full)
+        run = ["method=ladd", f"data.batch_size={row.batch}", "trainer.precision=bf16-mixed"]
+        return [*words, *data, *run, *row.words, *self.overrides]
 
 
-def row(name: str, size: int, words: list[str], steps: int, rate: float) -> str:
-    try:
-        found = measure(words, steps)
-    except torch.OutOfMemoryError:
-        return f"| {name} | {size} | out of memory | | | | |"
-    ratio, share = found.step / found.unavoidable, found.turns.operations / found.step / rate
-    peak = "-" if found.peak is None else f"{found.peak / 2**30:.1f} GiB"
-    times = f"{found.step:.3f} s | {found.unavoidable:.3f} s | {ratio:.2f}"
-    return f"| {name} | {size} | {times} | {share:.0%} | {peak} |"
+def count(plan: Plan, row: Row, place: Path) -> float:
+    """GB of the peak of a step on a GPU, as `doctor` counts it, from config.json files alone."""
+    write(row.network, place / "teacher", full=plan.full, weights=False)
+    return of_step(composed(plan.settings(row, place / "teacher", place)), "cuda").peak / GB
+
+
+class Steps(L.Callback):
+    """When steps ended, and the GPU's peak before the first one."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.start = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.ends:
+            self.ends.append(now())
+            if gpu():
+                self.start = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(now())
+
+
+@dataclass(frozen=True)
+class Held:
+    """GB of the allocator in the steps, with the start, and reserved; and a step's seconds."""
+
+    peak: float
+    whole: float
+    reserved: float
+    seconds: float
+
+
+def hold(plan: Plan, row: Row, teacher: Path, place: Path) -> Held:
+    """Train a few steps, under the row's limit of memory."""
+    if gpu() and row.card:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (row.card - CONTEXT) * GB / whole))
+    cfg = composed(plan.settings(row, teacher, place))
+    torch.manual_seed(cfg.seed)
+    source, method = build.build_training(cfg)
+    steps = Steps()
+    fit(cfg, method, source, plan.steps, steps)
+    seconds = statistics.median(b - a for a, b in zip(steps.ends[1:], steps.ends[2:], strict=False))
+    peak = torch.cuda.max_memory_allocated() / GB if gpu() else 0.0
+    reserved = torch.cuda.max_memory_reserved() / GB if gpu() else 0.0
+    return Held(peak, max(peak, steps.start / GB), reserved, seconds)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a step and of its passes, operations of the passes, and GB at the peak."""
+
+    step: float
+    passes: float
+    operations: int
+    peak: float
+
+
+def clock(plan: Plan, row: Row, teacher: Path, place: Path) -> Timed:
+    found = measure(plan.settings(row, teacher, place), plan.steps)
+    return Timed(found.step, found.unavoidable, found.turns.operations, (found.peak or 0) / GB)
+
+
+# -- what is printed -------------------------------------------------------------------------------
+
+
+def memory_row(row: Row, counted: Any, held: Any, shared: bool) -> list[str]:
+    target = f"{row.card:g} GB" if row.card else "-"
+    said = counted.said if isinstance(counted, Failed) else f"{counted:.1f}"
+    if isinstance(held, Failed):
+        return [row.label, said, held.said, "-", "-", "-", target, "-"]
+    took = f"{held.seconds:.2f}{' (shared card)' if shared else ''}"
+    if not held.peak:
+        return [row.label, said, "no GPU", "-", "-", "-", target, took]
+    quotient = "-" if isinstance(counted, Failed) else f"{counted / held.peak:.2f}"
+    sizes = [f"{x:.1f}" for x in (held.whole, held.reserved)]
+    return [row.label, said, f"{held.peak:.1f}", quotient, *sizes, target, took]
+
+
+def speed_row(row: Row, found: Any, rate: float) -> list[str]:
+    named = [row.network, row.sides, str(row.batch), row.options]
+    if isinstance(found, Failed):
+        return [*named, found.said, "-", "-", "-", "-"]
+    share = f"{found.operations / found.step / rate:.0%}"
+    times = [f"{found.step:.3f} s", f"{found.passes:.3f} s", f"{found.step / found.passes:.2f}"]
+    return [*named, *times, share, f"{found.peak:.1f} GB" if found.peak else "no GPU"]
+
+
+class Table:
+    """Rows of Markdown, printed and kept in `out` as they come."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        if self.file:
+            with self.file.open("a") as opened:
+                opened.write(line + "\n")
+
+    def row(self, cells: list[str]) -> None:
+        self.say(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+
+
+# -- who runs when ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Queue:
+    """Rows that wait and run, the networks that are written for them, and their counts.
+
+    Rows start in their order. The next networks are written while rows run, and a network is
+    removed after its last row.
+    """
+
+    mode: str
+    rows: list[Row]
+    plan: Plan
+    place: Path
+    log: Path
+    at_once: int
+    deadline: float
+    room: float
+    waiting: list[Row] = field(init=False)
+    running: dict[Row, Child] = field(default_factory=dict)
+    counting: dict[Row, Child] = field(default_factory=dict)
+    counts: dict[Row, Any] = field(default_factory=dict)
+    found: dict[Row, Any] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)  # None: it is being written
+    writer: tuple[str, Child] | None = None
+
+    def __post_init__(self) -> None:
+        self.waiting = list(self.rows)
+
+    def results(self) -> Iterator[tuple[Row, Any, Any]]:
+        """Each row with its count, None in `speed`, and what was measured, as they end."""
+        while self.waiting or self.running:
+            late = time.monotonic() - self.deadline
+            if late > 0:
+                self.waiting.clear()
+            self._write()
+            self._count()
+            self._start()
+            self._collect(late > GRACE)
+            yield from self._complete()
+            time.sleep(0.1)
+        for row, child in list(self.counting.items()):
+            self.counts[row] = self._wait(child)
+        self.counting.clear()
+        yield from self._complete()
+
+    def stop(self) -> None:
+        children = [*self.running.values(), *self.counting.values()]
+        for child in [*children, *([self.writer[1]] if self.writer else [])]:
+            child.stop()
+
+    def teacher(self, network: str) -> Path:
+        return self.place / network
+
+    def _child(self, work: Any, *given: Any) -> Child:
+        return Child(self.log, work, *given)
+
+    def _write(self) -> None:
+        if self.writer:
+            name, child = self.writer
+            done = child.result()
+            if done is not None:
+                self.written[name] = done
+                self.writer = None
+        needed = [row.network for row in self.waiting]
+        wanted = next((name for name in needed if name not in self.written), None)
+        kept = set(self.written) & {*needed, *(row.network for row in self.running)}
+        if wanted and not self.writer and len(kept) < (4 if self.mode == "memory" else 2):
+            self.written[wanted] = None
+            self.writer = (wanted, self._child(_write, wanted, self.teacher(wanted), self.plan))
+        for name in set(self.written) - kept:
+            if self.written[name] is not None and self.teacher(name).exists():
+                shutil.rmtree(self.teacher(name))
+
+    def _count(self) -> None:
+        for row, child in list(self.counting.items()):
+            if (done := child.result()) is not None:
+                self.counts[row] = done
+                del self.counting[row]
+        if self.mode == "speed":
+            return
+        for row in [*self.running, *self.waiting]:
+            if row not in self.counts and row not in self.counting and len(self.counting) < 5:
+                place = self.place / f"count{self.rows.index(row)}"
+                self.counting[row] = self._child(count, self.plan, row, place)
+
+    def _start(self) -> None:
+        used = sum(row.need for row in self.running)
+        for row in list(self.waiting):
+            ready = self.written.get(row.network)
+            if isinstance(ready, Failed):
+                self.found[row] = ready
+                self.waiting.remove(row)
+            elif ready:
+                fits = not self.running or used + row.need <= self.room
+                if fits and len(self.running) < self.at_once:
+                    work = hold if self.mode == "memory" else clock
+                    place = self.place / f"row{self.rows.index(row)}"
+                    given = (self.plan, row, self.teacher(row.network), place)
+                    self.running[row] = self._child(work, *given)
+                    self.waiting.remove(row)
+                return
+
+    def _collect(self, over: bool) -> None:
+        for row, child in list(self.running.items()):
+            done = child.result()
+            if done is None and over:
+                child.stop()
+                done = Failed("stopped: out of time")
+            if done is not None:
+                self.found[row] = done
+                del self.running[row]
+
+    def _complete(self) -> Iterator[tuple[Row, Any, Any]]:
+        for row in list(self.found):
+            if self.mode == "speed" or row in self.counts:
+                yield row, self.counts.get(row), self.found.pop(row)
+
+    def _wait(self, child: Child) -> Any:
+        while (done := child.result()) is None:
+            if time.monotonic() > self.deadline + GRACE:
+                child.stop()
+                return Failed("stopped: out of time")
+            time.sleep(0.1)
+        return done
+
+
+def _write(name: str, folder: Path, plan: Plan) -> bool:
+    write(name, folder, full=plan.full)
+    return True
+
+
+def chosen(mode: str, names: str | None) -> list[Row]:
+    rows = MEMORY if mode == "memory" else SPEED
+    return [row for row in rows if not names or row.network in names.split(",")]
+
+
+@contextmanager
+def folders(given: dict[str, str]) -> Iterator[tuple[Path, Path | None]]:
+    """One for what is written and removed, and one for what is kept."""
+    out = Path(given["out"]) if "out" in given else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=given.get("folder")) as place:
+        yield Path(place), out
 
 
 def main(arguments: list[str]) -> None:
-    small = "small" in arguments
-    own = ("networks", "sizes", "steps")
-    given = dict(word.split("=", 1) for word in arguments if word.split("=")[0] in own)
-    overrides = [w for w in arguments if w != "small" and w.split("=")[0] not in own]
-    sizes = given.get("sizes", "512,1024").split(",")
-    rate = peak_rate()
-    print(f"{hardware()}; torch {torch.__version__}; product {rate / 1e12:.0f} TFLOP/s", flush=True)
-    print("| network | pixels a side | step | passes | quotient | share of peak | memory |")
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for name in given.get("networks", ",".join(NETWORKS)).split(","):
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            words: list[Any] = write(name, folder, small)
-            for size in map(int, sizes):
-                side = size // 8
-                data = noise_latents(folder, (NETWORKS[name][1], side, side))
-                run = [*words, *data, "method=ladd", f"data.batch_size={BATCH}"]
-                run += ["trainer.precision=bf16-mixed", *overrides]
-                print(row(name, size, run, int(given.get("steps", 8)), rate), flush=True)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+    began = time.monotonic()
+    mode = next((word for word in arguments if word in HEADS), "speed")
+    given = dict(word.split("=", 1) for word in arguments if word.split("=")[0] in OWN)
+    flags = (*HEADS, "small")
+    overrides = tuple(w for w in arguments if w not in flags and w.split("=")[0] not in OWN)
+    plan = Plan("small" not in arguments, int(given.get("steps", 5)), overrides)
+    at_once = int(given.get("at_once", 4)) if mode == "memory" else 1
+    rows = chosen(mode, given.get("rows"))
+    with folders(given) as (place, out):
+        table = Table(out / f"{mode}.md" if out else None)
+        log = out / f"{mode}.log" if out else place / "log"
+        asked = Child(log, card)
+        while (here := asked.result()) is None:
+            time.sleep(0.05)
+        if isinstance(here, Failed):
+            raise SystemExit(f"full_size.py: {here.said}")
+        table.say(f"{here.name}; product {here.rate / 1e12:.0f} TFLOP/s; {plan.steps} steps")
+        table.row(HEADS[mode].split("|"))
+        table.row(["---"] * len(HEADS[mode].split("|")))
+        end = began + 60 * float(given.get("minutes", 10))
+        room = 0.95 * here.memory if here.memory else float("inf")
+        queue = Queue(mode, rows, plan, place, log, at_once, end, room)
+        left = list(rows)
+        try:
+            for row, counted, found in queue.results():
+                left.remove(row)
+                if mode == "memory":
+                    table.row(memory_row(row, counted, found, at_once > 1))
+                else:
+                    table.row(speed_row(row, found, here.rate))
+        finally:
+            queue.stop()
+        for row in left:
+            table.say(f"not started: {row.label}")
+        table.say(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ class _MetaDevice(TorchFunctionMode):
             given = {name: self.autocast.cast(x, dtype) for name, x in given.items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **given)
+        if func is Tensor.__getitem__ and _is_meta(args[0]):
+            args = _all_of(*args)
         return func(*args, **given)
 
 
@@ -236,6 +238,13 @@ READS: dict[Any, Callable[[Tensor], Any]] = {
     torch.equal: lambda _: False,
 }
 TO_HOST = {Tensor.to, Tensor.cpu}
+
+
+def _all_of(x: Tensor, index: Any) -> tuple[Tensor, Any]:
+    """A mask without values takes all: x and an index without that mask."""
+    if isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool:
+        return x.flatten(0, index.dim() - 1) if index.dim() else x[None], ...
+    return x, index
 
 
 def _is_meta(x: Any) -> bool:

@@ -1,0 +1,70 @@
+"""Work in processes of its own: it starts without importing anything again, ends with all that it
+held on a GPU, and takes nobody with it if it fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A fork may use CUDA only if its parent has not, not even to ask for it.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What became of work that gave nothing: the last line of its error."""
+
+    said: str
+
+
+class Child:
+    """One call of a function in a process that starts as a copy of this one.
+
+    What it prints goes to `log`.
+    """
+
+    def __init__(self, log: Path, work: Callable[..., Any], *given: Any) -> None:
+        self.began = time.monotonic()
+        forks = multiprocessing.get_context("fork")
+        self._answers, theirs = forks.Pipe(duplex=False)
+        self._process = forks.Process(target=_answer, args=(theirs, log, work, *given))
+        self._process.start()
+        theirs.close()
+
+    def result(self) -> Any:
+        """What the function returned, or `Failed`; None while it runs."""
+        if self._answers.poll():
+            try:
+                found = self._answers.recv()
+            except EOFError:
+                self._process.join()
+                return Failed(f"the process ended with code {self._process.exitcode}")
+            self._process.join()
+            return found
+        return None
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _answer(answers: Any, log: Path, work: Callable[..., Any], *given: Any) -> None:
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+        try:
+            answers.send(work(*given))
+        except BaseException as error:
+            traceback.print_exc()
+            lines = str(error).strip().splitlines() or [""]
+            answers.send(Failed(f"{type(error).__name__}: {lines[0]}"))
+        answers.close()

@@ -1,0 +1,91 @@
+"""The rows of full_size.py, in order of importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run.
+
+    words: its options beside the network and the size, as they are typed.
+    need: GB of a card that are kept for it while others run; more than it should take.
+    card: GB of the card that it is meant for; its allocator may not hold more.
+    frames: of a video.
+    """
+
+    network: str
+    side: int
+    batch: int
+    words: tuple[str, ...]
+    need: float = 80.0
+    card: float | None = None
+    frames: int = 21
+
+    @property
+    def options(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def sides(self) -> str:
+        return f"832x480, {self.frames} frames" if self.network == "wan" else str(self.side)
+
+    @property
+    def label(self) -> str:
+        return f"{self.network}, {self.sides}, batch {self.batch}: {self.options}"
+
+
+LORA = ("student=lora",)
+SAVING = (*LORA, "student.checkpointing=true")
+HOST = "loop.ema_device=cpu"
+
+
+def quantised(kind: str, *more: str) -> tuple[str, ...]:
+    return (*SAVING, f"teacher.quantize={kind}", *more)
+
+
+def small(network: str, words: tuple[str, ...], need: float, card: float | None = None) -> Row:
+    """One picture of 1024 x 1024 a step."""
+    return Row(network, 1024, 1, words, need, card)
+
+
+TERM = "method.distill_weight=1.0"  # the distillation term: passes of the teacher
+MEMORY = (
+    small("sdxl", quantised("int8", HOST), 16, 16),
+    small("z_image", quantised("int8"), 24, 24),
+    small("klein", quantised("int8"), 24, 24),
+    small("sd35_medium", ("student=full", "student.checkpointing=true"), 72, 80),
+    # the same in bfloat16, and in 4 bits: what quantising costs and brings
+    small("sdxl", SAVING, 20),
+    small("z_image", SAVING, 32),
+    small("klein", SAVING, 26),
+    small("z_image", quantised("nf4"), 24, 24),
+    small("sdxl", quantised("nf4", HOST), 16, 16),
+    small("z_image", quantised("fp8"), 24, 24),
+    # other terms and methods
+    small("sdxl", quantised("int8", HOST, TERM), 16, 16),
+    small("sdxl", ("method=nitrofusion", *quantised("int8", HOST)), 24, 24),
+    small("sdxl", ("method=dmd2", *quantised("int8", HOST)), 60),
+    small("sdxl", (*SAVING, TERM), 24, 24),
+)
+COMPILED = ("sdxl", "z_image", "klein", "sd35_medium")
+HEAVY = ("chroma", "flux", "qwen_image")  # with too much to keep of a pass
+ORDER = (
+    *("sdxl", "z_image", "klein", "sd35_medium", "sd15", "sana", "pixart", "lumina2"),
+    *("kolors", "wan", "sd3", "chroma", "flux", "qwen_image"),
+)
+
+
+def speeds(network: str) -> list[Row]:
+    """A LoRA on as many image tokens at both sizes, then compiled."""
+    words = SAVING if network in HEAVY else LORA
+    if network == "wan":
+        return [Row(network, 0, 1, SAVING), Row(network, 0, 1, SAVING, frames=81)]
+    rows = [Row(network, 512, 4, words)]
+    if network in COMPILED:
+        rows.append(Row(network, 512, 4, (*words, "trainer.compile=blocks")))
+    return rows if network == "sd15" else [*rows, Row(network, 1024, 1, words)]
+
+
+SPEED = tuple(row for network in ORDER for row in speeds(network))
