@@ -57,7 +57,7 @@ class Child:
 
 
 def _answer(answers: Any, log: Path, work: Callable[..., Any], *given: Any) -> None:
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())

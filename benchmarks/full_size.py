@@ -21,14 +21,13 @@ in networks.py, rows in full_size_rows.py. `small` shrinks every network, to try
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from children import Child, Failed  # before torch: it says how CUDA is asked fo
 import lightning as L
 import torch
 from common import composed, fit, noise_latents
+from full_size_queue import Queue
 from full_size_rows import MEMORY, SPEED, Row
 from networks import latents_of, words_of, write
 from step_time import measure, now
@@ -48,7 +48,6 @@ from distill.machine.hardware import hardware
 
 GB = 1e9
 CONTEXT = 0.6  # GB of a card that are CUDA's, not the allocator's
-GRACE = 60  # seconds that a row may take after the end
 SAMPLES = 16  # latents
 OWN = ("minutes", "rows", "steps", "at_once", "folder", "out")
 HEADS = {
@@ -217,137 +216,7 @@ class Table:
         self.say(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
 
 
-# -- who runs when ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Queue:
-    """Rows that wait and run, the networks that are written for them, and their counts.
-
-    Rows start in their order. The next networks are written while rows run, and a network is
-    removed after its last row.
-    """
-
-    mode: str
-    rows: list[Row]
-    plan: Plan
-    place: Path
-    log: Path
-    at_once: int
-    deadline: float
-    room: float
-    waiting: list[Row] = field(init=False)
-    running: dict[Row, Child] = field(default_factory=dict)
-    counting: dict[Row, Child] = field(default_factory=dict)
-    counts: dict[Row, Any] = field(default_factory=dict)
-    found: dict[Row, Any] = field(default_factory=dict)
-    written: dict[str, Any] = field(default_factory=dict)  # None: it is being written
-    writer: tuple[str, Child] | None = None
-
-    def __post_init__(self) -> None:
-        self.waiting = list(self.rows)
-
-    def results(self) -> Iterator[tuple[Row, Any, Any]]:
-        """Each row with its count, None in `speed`, and what was measured, as they end."""
-        while self.waiting or self.running:
-            late = time.monotonic() - self.deadline
-            if late > 0:
-                self.waiting.clear()
-            self._write()
-            self._count()
-            self._start()
-            self._collect(late > GRACE)
-            yield from self._complete()
-            time.sleep(0.1)
-        for row, child in list(self.counting.items()):
-            self.counts[row] = self._wait(child)
-        self.counting.clear()
-        yield from self._complete()
-
-    def stop(self) -> None:
-        children = [*self.running.values(), *self.counting.values()]
-        for child in [*children, *([self.writer[1]] if self.writer else [])]:
-            child.stop()
-
-    def teacher(self, network: str) -> Path:
-        return self.place / network
-
-    def _child(self, work: Any, *given: Any) -> Child:
-        return Child(self.log, work, *given)
-
-    def _write(self) -> None:
-        if self.writer:
-            name, child = self.writer
-            done = child.result()
-            if done is not None:
-                self.written[name] = done
-                self.writer = None
-        needed = [row.network for row in self.waiting]
-        wanted = next((name for name in needed if name not in self.written), None)
-        kept = set(self.written) & {*needed, *(row.network for row in self.running)}
-        if wanted and not self.writer and len(kept) < (4 if self.mode == "memory" else 2):
-            self.written[wanted] = None
-            self.writer = (wanted, self._child(_write, wanted, self.teacher(wanted), self.plan))
-        for name in set(self.written) - kept:
-            if self.written[name] is not None and self.teacher(name).exists():
-                shutil.rmtree(self.teacher(name))
-
-    def _count(self) -> None:
-        for row, child in list(self.counting.items()):
-            if (done := child.result()) is not None:
-                self.counts[row] = done
-                del self.counting[row]
-        if self.mode == "speed":
-            return
-        for row in [*self.running, *self.waiting]:
-            if row not in self.counts and row not in self.counting and len(self.counting) < 5:
-                place = self.place / f"count{self.rows.index(row)}"
-                self.counting[row] = self._child(count, self.plan, row, place)
-
-    def _start(self) -> None:
-        used = sum(row.need for row in self.running)
-        for row in list(self.waiting):
-            ready = self.written.get(row.network)
-            if isinstance(ready, Failed):
-                self.found[row] = ready
-                self.waiting.remove(row)
-            elif ready:
-                fits = not self.running or used + row.need <= self.room
-                if fits and len(self.running) < self.at_once:
-                    work = hold if self.mode == "memory" else clock
-                    place = self.place / f"row{self.rows.index(row)}"
-                    given = (self.plan, row, self.teacher(row.network), place)
-                    self.running[row] = self._child(work, *given)
-                    self.waiting.remove(row)
-                return
-
-    def _collect(self, over: bool) -> None:
-        for row, child in list(self.running.items()):
-            done = child.result()
-            if done is None and over:
-                child.stop()
-                done = Failed("stopped: out of time")
-            if done is not None:
-                self.found[row] = done
-                del self.running[row]
-
-    def _complete(self) -> Iterator[tuple[Row, Any, Any]]:
-        for row in list(self.found):
-            if self.mode == "speed" or row in self.counts:
-                yield row, self.counts.get(row), self.found.pop(row)
-
-    def _wait(self, child: Child) -> Any:
-        while (done := child.result()) is None:
-            if time.monotonic() > self.deadline + GRACE:
-                child.stop()
-                return Failed("stopped: out of time")
-            time.sleep(0.1)
-        return done
-
-
-def _write(name: str, folder: Path, plan: Plan) -> bool:
-    write(name, folder, full=plan.full)
-    return True
+# -- the command -----------------------------------------------------------------------------------
 
 
 def chosen(mode: str, names: str | None) -> list[Row]:
@@ -387,7 +256,8 @@ def main(arguments: list[str]) -> None:
         table.row(["---"] * len(HEADS[mode].split("|")))
         end = began + 60 * float(given.get("minutes", 10))
         room = 0.95 * here.memory if here.memory else float("inf")
-        queue = Queue(mode, rows, plan, place, log, at_once, end, room)
+        work, counts = (hold, count) if mode == "memory" else (clock, None)
+        queue = Queue(plan, rows, work, counts, place, log, at_once, end, room)
         left = list(rows)
         try:
             for row, counted, found in queue.results():

@@ -69,23 +69,23 @@ MEMORY = (
     small("sdxl", ("method=dmd2", *quantised("int8", HOST)), 60),
     small("sdxl", (*SAVING, TERM), 24, 24),
 )
-COMPILED = ("sdxl", "z_image", "klein", "sd35_medium")
+MAIN = ("z_image", "klein", "sdxl", "sd35_medium")
+LIGHT = ("sd15", "sana", "pixart", "lumina2", "kolors", "sd3")
 HEAVY = ("chroma", "flux", "qwen_image")  # with too much to keep of a pass
-ORDER = (
-    *("sdxl", "z_image", "klein", "sd35_medium", "sd15", "sana", "pixart", "lumina2"),
-    *("kolors", "wan", "sd3", "chroma", "flux", "qwen_image"),
-)
 
 
-def speeds(network: str) -> list[Row]:
-    """A LoRA on as many image tokens at both sizes, then compiled."""
+def speed(network: str, side: int, *more: str) -> Row:
+    """A LoRA on as many image tokens at both sizes."""
     words = SAVING if network in HEAVY else LORA
-    if network == "wan":
-        return [Row(network, 0, 1, SAVING), Row(network, 0, 1, SAVING, frames=81)]
-    rows = [Row(network, 512, 4, words)]
-    if network in COMPILED:
-        rows.append(Row(network, 512, 4, (*words, "trainer.compile=blocks")))
-    return rows if network == "sd15" else [*rows, Row(network, 1024, 1, words)]
+    return Row(network, side, 4 if side == 512 else 1, (*words, *more))
 
 
-SPEED = tuple(row for network in ORDER for row in speeds(network))
+SPEED = (
+    *(speed(network, side) for network in MAIN for side in (512, 1024)),
+    *(speed(network, 512) for network in LIGHT),
+    Row("wan", 0, 1, SAVING),
+    *(speed(network, 512, "trainer.compile=blocks") for network in MAIN),
+    *(speed(network, 512) for network in HEAVY),
+    Row("wan", 0, 1, SAVING, frames=81),
+    *(speed(network, 1024) for network in (*LIGHT[1:], *HEAVY)),
+)

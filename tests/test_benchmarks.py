@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +88,38 @@ def test_costs_of_scale_follow_from_bytes_and_links(benchmark):
     between = 2 * 2 * 1e9 / 8 / 2 / 50e9 + 2 * 5e-6 * 10
     assert two.reduced - one.reduced == pytest.approx(between)
     assert two.weights == one.weights < alone.weights
+
+
+@pytest.mark.parametrize("name", [
+    "sd15", "sdxl", "sd3", "sd35_medium", "pixart", "sana", "kolors", "lumina2", "z_image", "klein",
+    "chroma", "flux", "wan", "qwen_image",
+])  # fmt: skip
+def test_networks_of_full_size_have_the_weights_that_their_makers_state(name, benchmark):
+    networks = benchmark("networks.py", "networks")
+    number = sum(p.numel() for p in networks["on_meta"](name).parameters()) / 1e9
+    assert number == pytest.approx(networks["NETWORKS"][name].billions, rel=0.08)
+
+
+def test_every_network_of_full_size_has_a_row(benchmark):
+    rows = benchmark("full_size_rows.py", "full_size_rows")
+    networks = benchmark("networks.py", "networks")
+    assert {row.network for row in rows["SPEED"]} == set(networks["NETWORKS"])
+    for mode in ("MEMORY", "SPEED"):
+        assert len(set(rows[mode])) == len(rows[mode])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="its rows are forks")
+@pytest.mark.parametrize(("mode", "words"), [
+    ("memory", ["rows=sd35_medium", "steps=2"]),
+    ("speed", ["rows=wan", "steps=2"]),
+])  # fmt: skip
+def test_rows_of_full_size_are_measured_one_by_one(mode, words, tmp_path):
+    """A row that fails says why, and the next one runs."""
+    script = str(BENCHMARKS / "full_size.py")
+    words = [*words, "small", f"out={tmp_path}", "student.checkpointing=false"]
+    subprocess.run([sys.executable, script, mode, *words], check=True)
+    lines = (tmp_path / f"{mode}.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ")][2:]
+    assert len(rows) == {"memory": 1, "speed": 2}[mode]
+    assert all("no GPU" in row for row in rows), rows
