@@ -1,5 +1,5 @@
-"""Work in processes of its own: it starts without importing anything again, ends with all that it
-held on a GPU, and takes nobody with it if it fails.
+"""Work in processes of its own: a fork starts without importing anything again, ends with all that
+it held on a GPU, and takes nobody with it if it fails.
 """
 
 from __future__ import annotations
@@ -18,6 +18,17 @@ from typing import Any
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
+THREADS = 4  # of each: several run at once
+
+
+def start_method() -> str:
+    """A fork, unless an import has begun to use CUDA in this process."""
+    import torch
+
+    forks = "fork" in multiprocessing.get_all_start_methods()
+    return "fork" if forks and not torch.cuda.is_initialized() else "spawn"
+
+
 @dataclass(frozen=True)
 class Failed:
     """What became of work that gave nothing: the last line of its error."""
@@ -33,9 +44,9 @@ class Child:
 
     def __init__(self, log: Path, work: Callable[..., Any], *given: Any) -> None:
         self.began = time.monotonic()
-        forks = multiprocessing.get_context("fork")
-        self._answers, theirs = forks.Pipe(duplex=False)
-        self._process = forks.Process(target=_answer, args=(theirs, log, work, *given))
+        how = multiprocessing.get_context(start_method())
+        self._answers, theirs = how.Pipe(duplex=False)
+        self._process = how.Process(target=_answer, args=(theirs, log, work, *given))
         self._process.start()
         theirs.close()
 
@@ -62,6 +73,9 @@ def _answer(answers: Any, log: Path, work: Callable[..., Any], *given: Any) -> N
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
         try:
+            import torch
+
+            torch.set_num_threads(min(THREADS, torch.get_num_threads()))
             answers.send(work(*given))
         except BaseException as error:
             traceback.print_exc()

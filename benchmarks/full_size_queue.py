@@ -12,13 +12,11 @@ from typing import Any
 from children import Child, Failed  # before torch: it says how CUDA is asked for
 
 # isort: split
-import torch
 from full_size_rows import Row
 from networks import write
 
 AHEAD = 2  # networks that are written before their first row may start
 COUNTS = 5  # processes that count
-WRITERS = 4  # threads that write beside a run that is timed
 GRACE = 60  # seconds that a row may take after the end
 LATE = Failed("stopped: out of time")
 
@@ -150,6 +148,5 @@ def ended(child: Child, over: bool) -> Any:
 
 
 def _write(name: str, folder: Path, plan: Any) -> bool:
-    torch.set_num_threads(WRITERS)
     write(name, folder, full=plan.full)
     return True

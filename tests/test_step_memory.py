@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import distill
+import families
 from distill.config.step_memory import of_step
 from distill.machine.memory import Counter
 from distill.machine.meta_device import meta_device
@@ -61,6 +62,18 @@ def test_options_that_save_memory_lower_the_count(pipelines):
     assert small.held["optimiser states"] == 0
     assert small.host > 2 * small.held["student"]
     assert plain.peak == plain.within + sum(plain.held.values())
+
+
+def test_a_mask_of_captions_takes_all_of_them(family_folders):
+    """Z-Image's pipeline drops the padding, of which meta tensors say nothing."""
+    words = families.words_of("zimage", family_folders("zimage"))
+    found = counted(*words, "data=renders", "student=lora")
+    assert found.within > 0
+    with meta_device("cuda"):
+        x, mask = (torch.empty(2, 3, 5, device="meta", dtype=d) for d in (torch.float, torch.bool))
+        assert x[mask].shape == (30,)
+        assert x[mask[..., 0]].shape == (6, 5)
+        assert x[0, :2].shape == (2, 5)
 
 
 def test_the_doctor_says_what_a_step_takes(command, pipelines):
