@@ -52,7 +52,11 @@ class Turns(L.Callback):
             prepared = method.loop.prepare_batch(method, batch)
             self.batch = len(prepared)
             self.passes = passes_of(method, prepared, self.precision)
-            with FlopCounterMode(display=False) as counter:
+            # Eager: a counter sees nothing within a compiled block.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                FlopCounterMode(display=False) as counter,
+            ):
                 for run in self.passes.values():
                     run()
             self.operations = counter.get_total_flops()
