@@ -4,7 +4,7 @@ The rest of a pipeline is small. Text encoders have one to a few layers, of the 
 denoiser reads, and the tokenizers of `tests/families.py`: captions are embedded before training in
 a run that minds its memory. Autoencoders have the real latents and few channels: latents are given.
 
-`of_family` without `full` is the tiny pipeline of `tests/families.py`, to try a script itself.
+Without `full` it is the tiny pipeline of `tests/families.py`, to try a script itself.
 FLUX.2 dev (32 B) is left out: its weights are twice those of the disks and memories meant here.
 """
 
@@ -118,7 +118,7 @@ def qwen_image() -> Any:
 
 
 def wan() -> Any:
-    """Wan 2.1 T2V of 1.3 B: 30 blocks of 1,536 channels."""
+    """Wan 2.1 T2V, named 1.3 B and of 1.42: 30 blocks of 1,536 channels."""
     shape = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128}
     return diffusers.WanTransformer3DModel(**shape, ffn_dim=8960, text_dim=4096, freq_dim=256)
 
@@ -205,7 +205,7 @@ def qwen_vl(pipeline: Any) -> dict[str, Any]:
 class Network:
     """A pipeline of full size.
 
-    billions: weights of its denoiser, as its makers state them.
+    billions: weights of its denoiser, as its makers state them; of Wan those of its files.
     family: its row in `tests/families.py`.
     texts: its text encoders, from those of the tiny pipeline.
     channels, cell: of its latents; a latent is cell x cell pixels. Of videos: a quarter of the
@@ -250,7 +250,7 @@ NETWORKS = {
     "chroma": Network(8.9, chroma, "chroma", "chroma", T5, sixteen),
     "flux": Network(12.0, flux, "flux", "flux", of_flux, sixteen),
     "wan": Network(
-        1.3, wan, "wan", "wan", T5, lambda: of_videos(diffusers.AutoencoderKLWan)
+        1.42, wan, "wan", "wan", T5, lambda: of_videos(diffusers.AutoencoderKLWan)
     ),
     "qwen_image": Network(
         20.0, qwen_image, "qwen_image", "qwenimage", qwen_vl,
