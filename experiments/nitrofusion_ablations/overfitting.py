@@ -7,9 +7,9 @@ learns from and others.
 
 Trains as `distill.run method=nitrofusion method.real=null data.limit=512` does, on the first 512 of
 the data, by default of the shipped latents; with `method.real` each step would have new ones. Every
-EVERY iterations all heads of the pool, not only those drawn, judge 256 of these, the last 256 of the
-data, which are new to them, and the student's from the noise of both, at each t*; a row says the
-mean logits. If overfitted, they like what they have seen more than its like: the gap `seen -
+EVERY iterations all heads of the pool, not only those drawn, judge 256 of these, the last 256 of
+the data, which are new to them, and the student's from the noise of both, at each t*; a row says
+the mean logits. If overfitted, they like what they have seen more than its like: the gap `seen -
 held_out` grows.
 """
 
