@@ -22,6 +22,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 from run import main  # noqa: E402
 from runner.jobs import Queue, compose_all  # noqa: E402
+from runner.methods import write_methods  # noqa: E402
 from runner.pages import replace_parts  # noqa: E402
 from runner.results import NOT_RUN, recorded_lines, verdict, write_results  # noqa: E402
 from runner.study import StudyError, read_study  # noqa: E402
@@ -111,6 +112,81 @@ def check_numbers(folder: Path) -> int:
 def test_every_number_of_a_made_table_is_in_the_file_beside_it(folder):
     checked = check_numbers(folder)
     assert checked > 300 or folder.name != "methods_on_shapes"
+
+
+# -- the table of all methods ----------------------------------------------------------------------
+
+ROOT = EXPERIMENTS.parent
+OVERVIEWS = [ROOT / "README.md", ROOT / "docs" / "understand" / "results.md"]
+
+
+def check_methods(page: Path) -> int:
+    """Hold every number of the table of methods against the CSV file of the first study in
+    methods.yaml that has been run; returns how many there were.
+    """
+    named = yaml.safe_load((EXPERIMENTS / "methods.yaml").read_text(encoding="utf-8"))
+    nodes = {node["about"].partition("`]")[0].strip("[`"): node for node in named["methods"]}
+    nodes |= {node["about"].strip("`"): node for node in named["teachers"]}
+    heads = {m.head.replace(SPACE, " "): key for key, m in MEASURES.items()}
+    node, checked, seen = {}, 0, []
+    for row in table_in(part(page, "methods")):
+        name = row[""].partition("`]")[0].strip("[`")
+        node = nodes[name] if name else node
+        seen += [name] if name else []
+        files = [EXPERIMENTS / s["study"] / f"{s['table']}.csv" for s in node["sources"]]
+        pairs = zip(node["sources"], files, strict=True)
+        source, file = next((source, file) for source, file in pairs if file.is_file())
+        if name:
+            assert f"experiments/{source['study']}/README.md)" in row["study"]
+        wanted = ("student", source["group"]) if "group" in source else ("teacher", None)
+        runs = [
+            run
+            for run in rows_of(file)
+            if run["who"] == wanted[0] and wanted[1] in (None, run["group"])
+        ]
+        if row["pictures"]:
+            assert {f"{float(run['images_seen']):,.0f}" for run in runs} == {row["pictures"]}
+        for head, key in heads.items():
+            if head in row:
+                scores = [float(run[key]) for run in runs if run["steps"] == row["steps"]]
+                shown, form = numbers(row[head]), MEASURES[key].form
+                assert form.format(shown[0]) == form.format(statistics.fmean(scores)), (name, head)
+                if "group" in source:
+                    assert len(scores) >= 3
+                    assert form.format(shown[1]) == form.format(statistics.stdev(scores))
+                checked += 1 + ("group" in source)
+    assert seen == list(nodes)[len(named["methods"]) :] + list(nodes)[: len(named["methods"])]
+    return checked
+
+
+@names(OVERVIEWS)
+def test_every_number_of_the_table_of_methods_is_in_the_file_of_its_study(folder):
+    assert check_methods(folder) >= 9 * 3
+
+
+def test_a_number_that_is_typed_into_the_table_of_methods_is_found(tmp_path):
+    text = OVERVIEWS[0].read_text(encoding="utf-8")
+    page = tmp_path / "README.md"
+    page.write_text(text.replace("94.2%", "95.2%"), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        check_methods(page)
+
+
+def test_tables_and_picture_of_all_methods_are_those_that_the_studies_make(tmp_path):
+    """Also: what nothing has changed is not written anew."""
+    copied = shutil.copytree(EXPERIMENTS, tmp_path / "experiments")
+    (tmp_path / "docs" / "understand").mkdir(parents=True)
+    pages = {tmp_path / page.relative_to(ROOT): page for page in OVERVIEWS}
+    for copy, page in pages.items():
+        shutil.copy(page, copy)
+    grid = copied / "methods_on_shapes" / "grid.png"
+    before = grid.stat().st_mtime_ns
+    write_methods(copied)
+    assert all(copy.read_bytes() == page.read_bytes() for copy, page in pages.items())
+    assert grid.stat().st_mtime_ns == before
+    grid.unlink()
+    write_methods(copied)
+    assert grid.read_bytes() == (EXPERIMENTS / "methods_on_shapes" / "grid.png").read_bytes()
 
 
 @names(STUDIES)

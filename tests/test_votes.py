@@ -28,7 +28,7 @@ METHODS = {"aladd": "distill.methods.ladd.LADD", "zadd": "distill.methods.add.AD
 def run(tmp_path):
     """Write a run that was evaluated on prompts, whose student drew one grey: its folder."""
 
-    def write(name, grey, captions=CAPTIONS, steps=(1, 4), kept=True):
+    def write(name, grey, captions=CAPTIONS, steps=(1, 4), kept=True, categories=None):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         method = {"_target_": METHODS[name]}
@@ -37,6 +37,7 @@ def run(tmp_path):
         facts = {"method": METHODS[name].rpartition(".")[2]}
         (folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
         rows = [{"who": "student", "steps": n, "clip_score": grey} for n in steps]
+        rows = [{**row, "categories": categories} if categories else row for row in rows]
         protocol = {"data": f"x, {captions_digest(captions)}", "prompts": len(captions)}
         text = json.dumps({"protocol": protocol, "rows": rows})
         (folder / "evaluation.json").write_text(text, encoding="utf-8")
@@ -143,6 +144,39 @@ def test_votes_become_win_rates_and_ratings(asked, compare):
     found = {row["model"]: float(row["value"]) for row in ratings}
     assert found["LADD, 1 step"] > 1000 > found["ADD, 1 step"]
     assert compare(f"votes={file}")[0] == 0  # its own files are overwritten
+
+
+@pytest.mark.parametrize("known_to", [2, 1])
+def test_votes_have_win_rates_by_category(run, compare, tmp_path, known_to):
+    """Of the list that the runs were evaluated on, in every file and on the page; also where one
+    run was evaluated before its list had categories.
+    """
+    categories = {"names": ["Signs", "Animals"], "of": "0 1 1 1"}
+    for i, name in enumerate(METHODS):
+        run(name, 0.2 + 0.6 * i, categories=categories if i < known_to else None)
+    assert compare("votes=true")[0] == 0
+    out = tmp_path / "out"
+    file = voted(out, "votes.json", lambda p, left: "tie" if p in (0, 3) else for_first(p, left))
+    code, printed, err = compare(f"votes={file}")
+    assert code == 0, err
+    row = "| people | Animals (few) | 3 | LADD, 1 step | ADD, 1 step | 83.3% |"
+    assert row in printed
+    (verdict,) = json.loads((out / "wins.json").read_text(encoding="utf-8"))["verdicts"]
+    found = {entry["category"]: entry for entry in verdict["by_category"]}
+    assert list(found) == ["Signs", "Animals"]
+    animals = found["Animals"]
+    assert (animals["prompts"], animals["few"], animals["over"]) == (3, True, ["prompts"])
+    assert animals["value"] == pytest.approx(5 / 6)
+    assert animals["low"] < animals["value"] <= animals["high"] <= 1
+    assert found["Signs"]["value"] == 0.5
+    page = (out / "compare.html").read_text(encoding="utf-8")
+    assert "<h3>Win rates</h3>" in page
+    shown = page.partition("<h3>Win rates by category</h3>")[2].partition("</table>")[0]
+    cells = re.findall(r"<td>([^<]*)</td>", shown)
+    assert [cells[k : k + 6] for k in range(0, len(cells), 8)] == [
+        ["people", "Signs (few)", "1", "LADD, 1 step", "ADD, 1 step", "50.0%"],
+        ["people", "Animals (few)", "3", "LADD, 1 step", "ADD, 1 step", "83.3%"],
+    ]
 
 
 def test_several_people_are_averaged(asked, groups):

@@ -2,12 +2,15 @@
 learns from and others.
 
     python experiments/nitrofusion_ablations/overfitting.py out.csv [any overrides of distill.run]
+    python experiments/nitrofusion_ablations/overfitting.py out.csv trainer.max_steps=300 \
+        data.path=runs/studies/nitrofusion_ablations/prepared/few_step # as the study's few_pictures
 
-Trains as `distill.run method=nitrofusion data.limit=512` does, on the first 512 of the shipped
-latents. Every EVERY iterations all heads of the pool, not only those drawn, judge 256 of these, the
-last 256 of the data, which are new to them, and the student's from the noise of both, at each t*; a
-row says the mean logits. If overfitted, they like what they have seen more than its like: the gap
-`seen - held_out` grows.
+Trains as `distill.run method=nitrofusion method.real=null data.limit=512` does, on the first 512 of
+the data, by default of the shipped latents; with `method.real` each step would have new ones. Every
+EVERY iterations all heads of the pool, not only those drawn, judge 256 of these, the last 256 of
+the data, which are new to them, and the student's from the noise of both, at each t*; a row says
+the mean logits. If overfitted, they like what they have seen more than its like: the gap `seen -
+held_out` grows.
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ def main() -> None:
         keys = [
             "method=nitrofusion",
             f"data.limit={TRAINED}",
+            "method.real=null",
             "~metrics",
             "~callbacks.progress",
             *overrides,

@@ -7,7 +7,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from distill.evaluation.tables import MEASURES, SPACE
@@ -85,7 +85,7 @@ def _table_rows(
         own_keys = keys.get(group, "") if group != before else ""
         before = group
         seeds = max((row["seeds"] for row in cells.values()), key=int)
-        texts = [_cell(key, cells[key]) if key in cells else "–" for key in table.measures]
+        texts = [cell(key, cells[key]) if key in cells else "–" for key in table.measures]
         yield [group, own_keys, str(steps), "" if who == "teacher" else seeds, *texts]
 
 
@@ -96,7 +96,8 @@ def _order(line: tuple[str, str, int], table: TableOf) -> tuple[int, int, int]:
     return int(who != "teacher"), place, steps
 
 
-def _cell(key: str, row: dict[str, str]) -> str:
+def cell(key: str, row: Mapping[str, str]) -> str:
+    """Mean, spread and interval of a row of <table>_intervals.csv; `key` is its measure."""
     form = MEASURES[key].form
     text = form.format(float(row["mean"]))
     if row["std"]:
@@ -104,7 +105,7 @@ def _cell(key: str, row: dict[str, str]) -> str:
     return f"{text} {_ends(key, row)}".rstrip()
 
 
-def _ends(key: str, row: dict[str, str]) -> str:
+def _ends(key: str, row: Mapping[str, str]) -> str:
     if not row["low"]:
         return ""
     form = MEASURES[key].form

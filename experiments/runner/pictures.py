@@ -1,5 +1,6 @@
 """The pictures of a study: what its students generate, and their scores along the run."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +35,7 @@ def rows_of(folder: Path) -> Rows:
 def sheet(lines: Sequence[tuple[str, list[Image.Image]]]) -> Image.Image:
     """One picture: a line for each (label, pictures)."""
     side = lines[0][1][0].width + PADDING
-    font = ImageFont.load_default(14)
-    left = max(LABEL, *(int(font.getlength(label)) + 12 for label, _ in lines))
+    font, left = ImageFont.load_default(14), _left([label for label, _ in lines])
     columns = max(len(pictures) for _, pictures in lines)
     found = Image.new("RGB", (left + columns * side, side * len(lines)), "white")
     draw = ImageDraw.Draw(found)
@@ -46,8 +46,52 @@ def sheet(lines: Sequence[tuple[str, list[Image.Image]]]) -> Image.Image:
     return found
 
 
+def _left(labels: Sequence[str]) -> int:
+    """Pixels left of the pictures of a sheet with these labels."""
+    font = ImageFont.load_default(14)
+    return max(LABEL, *(int(font.getlength(label)) + 12 for label in labels))
+
+
 def labelled(who: str, steps: int) -> str:
     return f"{who}, {steps_text(steps)}"
+
+
+def rows_of_sheet(folder: Path, table: str) -> Rows:
+    """(group, or teacher; steps) -> its pictures, cut from what `write_grid` drew of a table.
+
+    {} if there is no such picture, or one of other rows than those that <table>.csv has.
+    """
+    path = folder / f"{table}.png"
+    if not path.is_file():
+        return {}
+    names = _names_of(folder / f"{table}.csv")[:MOST]
+    with Image.open(path) as opened:
+        drawn = opened.convert("RGB")
+    side, rest = divmod(drawn.height, len(names))
+    left = _left([labelled(*name) for name in names])
+    if rest or side <= PADDING or (drawn.width - left) % side:
+        return {}
+    return {
+        name: [
+            drawn.crop((x, i * side, x + side - PADDING, (i + 1) * side - PADDING))
+            for x in range(left, drawn.width, side)
+        ]
+        for i, name in enumerate(names)
+    }
+
+
+def _names_of(file: Path) -> list[tuple[str, int]]:
+    """(group, or teacher; steps) of the first run of every group, in the order of `write_grid`."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    first = {row["group"]: row["run"] for row in reversed(rows)}
+    names: list[tuple[str, int]] = []
+    for row in rows:
+        if row["who"] == "teacher":
+            names.insert(0, ("teacher", int(row["steps"])))
+        elif first[row["group"]] == row["run"]:
+            names.append((row["group"], int(row["steps"])))
+    return names
 
 
 def write_grid(file: Path, groups: Mapping[str, Sequence[Run]]) -> None:

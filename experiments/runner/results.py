@@ -20,6 +20,7 @@ from distill.evaluation.tables import MEASURES, Row
 from distill.report.differences import SEEDS, Difference
 from distill.report.runs import COSTS, Line, Run, as_csv, lines_of, read_comparable
 from distill.storage.atomic import write_text_atomic
+from runner.methods import write_methods
 from runner.pages import read_rows, write_pages
 from runner.pictures import write_curves, write_grid
 from runner.study import TEACHER, Claim, Study, StudyError, TableOf
@@ -49,6 +50,8 @@ def write_results(study: Study, out: Path | None, overview: Path, *, partial: bo
     for table in study.tables:
         _complete(study, table)
     write_pages(study, overview)
+    if overview.parent == study.folder.parent:
+        write_methods(overview.parent)
     print(f"wrote {study.folder / 'README.md'}")
 
 

@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
     written = {"compare.md": table, "compare.csv": as_csv(groups)}
     if asked:
         written |= dict(zip(BALLOT, ballot(groups, cfg.seed, cfg.votes_steps), strict=True))
-    written["compare.html"] = page(groups, BALLOT[0] if asked else "")
+    written["compare.html"] = page(groups, BALLOT[0] if asked else "", verdicts)
     if verdicts:
         written |= {"wins.md": wins_text(verdicts), "wins.csv": wins_csv(verdicts)}
         written["wins.json"] = wins_json(verdicts)

@@ -18,6 +18,7 @@ from distill.report.along_runs import along_runs, columns_in
 from distill.report.curves import chart_figure, legend, smoothed
 from distill.report.differences import HEADS, NOTE, differences, headline, notes
 from distill.report.evaluation import MAIN
+from distill.report.judged import Verdict, tables
 from distill.report.page import embed, html, join_html, open_png, render
 from distill.report.runs import Line, Run, all_runs, lines_of, page_table
 from distill.storage.safe_paths import check_own
@@ -26,8 +27,12 @@ from distill.terminal.shown import shown
 SHOWN = 8  # prompts in the grid of pictures
 
 
-def page(groups: Mapping[str, Sequence[Run]], votes: str = "") -> str:
-    """The whole page, as HTML. `votes` is the address of the page of blind votes, if any."""
+def page(
+    groups: Mapping[str, Sequence[Run]], votes: str = "", verdicts: Sequence[Verdict] = ()
+) -> str:
+    """The whole page, as HTML. `votes` is the address of the page of blind votes, if any;
+    `verdicts` are those of judges and people.
+    """
     lines, runs = lines_of(groups), all_runs(groups)
     best, sentence = headline(lines)
     recorded = (run.facts.get("train_seconds") or 0 for run in runs)
@@ -43,7 +48,9 @@ def page(groups: Mapping[str, Sequence[Run]], votes: str = "") -> str:
         tiles,
         status=render("link", "Vote blind between pairs of pictures", votes) if votes else Markup(),
         pictures=_pictures(groups),
-        evaluation=join_html(render("sortable_scores", page_table(lines)), *_differences(lines)),
+        evaluation=join_html(
+            render("sortable_scores", page_table(lines)), *_differences(lines), *_wins(verdicts)
+        ),
         training=render("charts", [*_charts(groups, lines), *along_runs(groups)]),
         facts=_provenance(groups),
     )
@@ -59,6 +66,13 @@ def _differences(lines: Sequence[Line]) -> Iterator[Markup]:
     single = by_category.rows(lines)
     if single:
         yield render("differences", by_category.HEADS, single, FEW_NOTE, "By category")
+
+
+def _wins(verdicts: Sequence[Verdict]) -> Iterator[Markup]:
+    """The tables of wins.md."""
+    if verdicts:
+        for title, heads, rows, note in tables(verdicts):
+            yield render("differences", heads, rows, note, title)
 
 
 def _is_lower_better(key: str) -> bool:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -77,22 +77,34 @@ def verdict(
     return Verdict(judge, wins, ratings, by_category)
 
 
-def as_text(verdicts: Sequence[Verdict]) -> str:
-    """wins.md: the tables of win rates and of ratings, the best first."""
+def tables(
+    verdicts: Sequence[Verdict],
+) -> Iterator[tuple[str, Sequence[str], list[list[str]], str]]:
+    """Title, heads, rows and note of the win rates, of the ratings, the best first, and of the win
+    rates by category, if prompts have any.
+    """
     rows = [[v.judge, a, b, *_texts(i, "{:.1%}")] for v in verdicts for a, b, i in v.wins]
+    yield "Win rates", HEADS, rows, ""
     rated = [
         [v.judge, name, *_texts(interval, "{:.1f}")]
         for v in verdicts
         for name, interval in sorted(v.ratings.items(), key=lambda item: -item[1].value)
     ]
-    parts = [markdown_table(HEADS, rows), markdown_table(RATINGS, rated), NOTE, ""]
+    yield "Ratings", RATINGS, rated, NOTE
     single = [
         [v.judge, marked(name, count), str(count), a, b, *_texts(interval, "{:.1%}")]
         for v in verdicts
         for name, count, a, b, interval in v.by_category
     ]
     if single:
-        parts += [markdown_table(CATEGORIES, single), FEW_NOTE, ""]
+        yield "Win rates by category", CATEGORIES, single, FEW_NOTE
+
+
+def as_text(verdicts: Sequence[Verdict]) -> str:
+    """wins.md: the same tables."""
+    parts = []
+    for _, heads, rows, note in tables(verdicts):
+        parts += [markdown_table(heads, rows), *([note, ""] if note else [])]
     return "\n".join(parts)
 
 

@@ -23,8 +23,9 @@ LEFT = {"left": 1.0, "right": 0.0, "tie": 0.5}
 def people(files: Sequence[Path], groups: Mapping[str, Sequence[Run]], out: Path) -> Verdict:
     """The verdict of these files, one of each person, on the page in `out`.
 
-    The votes on a prompt are averaged over people, and prompts are resampled. Raises ValueError,
-    naming the file, for a damaged one, for other runs, and for prompts that the page has not.
+    The votes on a prompt are averaged over people, and prompts are resampled. Where the runs were
+    evaluated on a list with categories, there is a rate of each. Raises ValueError, naming the
+    file, for a damaged one, for other runs, and for prompts that the page has not.
     """
     key = _key(out)
     votes: dict[int, list[float]] = {}
@@ -42,8 +43,20 @@ def people(files: Sequence[Path], groups: Mapping[str, Sequence[Run]], out: Path
         if first_runs.get(name.rpartition(", ")[0]) != run:
             what = f"is about {shown(name)} of {shown(run)}, which runs= has not"
             raise ValueError(f"votes={files[0]}: {what}; give the runs of the page")
-    means = [np.mean(votes[prompt]) for prompt in sorted(votes)]
-    return verdict(PEOPLE, {(a, b): np.array([means])})
+    voted = sorted(votes)
+    means = [np.mean(votes[prompt]) for prompt in voted]
+    return verdict(PEOPLE, {(a, b): np.array([means])}, _categories(voted, groups))
+
+
+def _categories(voted: Sequence[int], groups: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The category of each of these prompts, as the evaluations had it; [] if they had none.
+
+    The first run of each group is asked; one evaluated before its list had categories has none.
+    """
+    rows = (row for runs in groups.values() for row in runs[0].rows)
+    known = {tuple(row.categories) for row in rows if row.categories}
+    labels = known.pop() if len(known) == 1 else ()
+    return [labels[prompt] for prompt in voted] if max(voted) < len(labels) else []
 
 
 def _mapping(file: Path, where: str, remedy: str) -> dict[str, Any]:
