@@ -444,3 +444,22 @@ def test_a_study_that_is_killed_goes_on_and_writes_its_page(study, tmp_path):
     refused = called(str(changed.folder), f"out={out}")
     assert refused.returncode == 1
     assert "was run with other settings" in refused.stderr
+
+
+@pytest.mark.slow
+def test_all_heads_of_a_pool_are_asked_for_overfitting(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "nitrofusion_ablations")
+    import overfitting
+
+    for name, value in {"TRAINED": 16, "ASKED": 8, "EVERY": 1}.items():
+        monkeypatch.setattr(overfitting, name, value)
+    few = ["data.batch_size=4", "loop.head_start=1", "trainer.max_steps=1", "seed=0"]
+    words = [str(tmp_path / "out.csv"), *few, "trainer.accelerator=cpu"]
+    monkeypatch.setattr(sys, "argv", ["overfitting.py", *words])
+    overfitting.main()
+    rows = rows_of(tmp_path / "out.csv")
+    assert [row["step"] for row in rows] == ["0", "1"]
+    for row in rows:
+        gap = float(row["seen"]) - float(row["held_out"])
+        assert float(row["seen - held_out"]) == pytest.approx(gap)
+        assert row["seen"] != row["held_out"] != row["fake"]

@@ -81,10 +81,10 @@ class Ask(L.Callback):
         )
         with autocast(self.precision, x0.device.type):
             maps = method.feature_network(x_t, t, batch.cond, generator)
-            of_map = [list(method.heads.members[level, name]) for name in method.heads.channels]
+            of_map = [list(method.heads.heads_of[level, name]) for name in method.heads.channels]
             rounds = range(max(map(len, of_map)))
             logits = [
-                method.heads.judge([heads[k % len(heads)] for heads in of_map], maps)
+                method.heads.logits_of([heads[k % len(heads)] for heads in of_map], maps)
                 for k in rounds
             ]
         return float(
