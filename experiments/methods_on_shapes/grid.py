@@ -1,9 +1,9 @@
-"""One picture of all methods: the same prompts and noise across, a sampler down, the teacher first.
+"""One picture of some runs: the same prompts and noise across, a sampler down, the teacher first.
 
-    python experiments/methods_on_shapes/grid.py [grid.png] [name=folder ...]
+    python experiments/methods_on_shapes/grid.py grid.png name=folder [name=folder ...]
 
-A folder is a run's, or one that holds a run's evaluation.json and comparison.png; without any, the
-committed ones. `experiments/run.py` makes the pictures of a study itself.
+A folder is a run's, or one that holds a run's evaluation.json and comparison.png. The pictures of a
+study, and that of all methods, are made by `experiments/run.py`.
 """
 
 import sys
@@ -14,18 +14,13 @@ sys.path.insert(0, str(HERE.parent))
 
 from runner.pictures import labelled, rows_of, sheet  # noqa: E402
 
-STUDIES = {"LADD": "ladd_shapes", "ADD": "add_shapes", "NitroFusion": "nitrofusion_shapes"}
-COMMITTED = {name: HERE.parent / study for name, study in STUDIES.items()} | {
-    name: HERE / name for name in ("consistency", "regression")
-}
 STEPS = (1, 4)  # of the student
 
 
 def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "grid.png"
-    named = (word.split("=", 1) for word in sys.argv[2:])
-    given = {name: Path(folder) for name, folder in named} or COMMITTED
-    found = {name: rows_of(folder) for name, folder in given.items() if folder.is_dir()}
+    out, *words = sys.argv[1:]
+    named = (word.split("=", 1) for word in words)
+    found = {name: rows_of(Path(folder)) for name, folder in named}
     taught = next(part for part in found.values() if ("teacher", 28) in part)
     lines = [
         (labelled(who, steps), pictures)
