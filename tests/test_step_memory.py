@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import distill
 import families
 from distill.config.step_memory import of_step
+from distill.core.transfers import Later
 from distill.machine.memory import Counter
 from distill.machine.meta_device import meta_device
 
@@ -104,3 +105,11 @@ def test_the_count_is_within_a_tenth_of_what_was_measured(words):
             found[matched[2]] = int(matched[1])
     measured = found["tensors at the peak"]
     assert found["at the peak, as counted before"] == pytest.approx(measured, rel=0.1)
+
+
+def test_a_step_is_counted_on_a_machine_with_a_gpu(monkeypatch):
+    """There torch has events, but none of tensors without values."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    with meta_device("cuda"):
+        assert len(Later(torch.empty(3, device="meta")).read()) == 3

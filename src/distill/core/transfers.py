@@ -60,7 +60,8 @@ class Later:
     def __init__(self, values: Tensor):
         self._copy = values.detach().to("cpu", non_blocking=True)
         self._copied: torch.Event | None = None
-        if values.device.type != "cpu" and torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None and values.device.type == accelerator.type:
             self._copied = torch.Event(values.device.type)
             self._copied.record()
 
