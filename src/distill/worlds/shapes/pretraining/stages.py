@@ -43,6 +43,7 @@ from distill.worlds.shapes.pretraining.asked import (
     teaching_stage,
     trains,
 )
+from distill.worlds.shapes.pretraining.fit import DEVICE
 from distill.worlds.shapes.pretraining.work import PER_SHARD, Work
 from distill.worlds.shapes.render import render
 from distill.worlds.shapes.world import sample
@@ -84,7 +85,7 @@ def _data(work: Work) -> dict[str, Any]:
 
 
 def _latents(work: Work) -> dict[str, Any]:
-    model, pictures = work.vae, track(work.pictures.split(512), "encoding", unit="batch")
+    model, pictures = work.vae.to(DEVICE), track(work.pictures.split(512), "encoding", unit="batch")
     latents = torch.cat([vae.encode(model, part).half() for part in pictures])
     write_checkpoint(latents, work.out / "latents.pt")
     return {"deviation": [round(float(v), 3) for v in latents.float().std((0, 2, 3))]}

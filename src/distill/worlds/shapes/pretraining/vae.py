@@ -78,8 +78,7 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """uint8 pictures [N, 3, S, S] -> latents [N, 4, S/4, S/4]: posterior means, already
-    standardised.
+    standardised. They are computed where the autoencoder is, and are on the CPU.
     """
-    return torch.cat(
-        [vae.encode(pixels(part)).latent_dist.mode() for part in pictures.split(BATCH)]
-    )
+    parts = (pixels(part.to(vae.device)) for part in pictures.split(BATCH))
+    return torch.cat([vae.encode(part).latent_dist.mode().cpu() for part in parts])
