@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from distill.core.types import EMBEDDED, Cond
+from distill.exporting.traceable import traceable
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
+from distill.teachers.ragged import Ragged
 
 ANY = "a"  # a caption in place of that whose tokens are given
 
@@ -33,6 +35,9 @@ class Denoise(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, *conditioning: Tensor) -> Tensor:
         given: dict[str, Any] = dict(zip(self.names, conditioning, strict=True))
+        if torch.compiler.is_exporting():
+            with traceable(self.network):
+                return self.network.x0(x_t, t, Cond(**given))
         return self.network.x0(x_t, t, Cond(**given))
 
 
@@ -53,8 +58,12 @@ class Embed(nn.Module):
     def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
         student = self._student[0]
         given = dict(zip(self.tokenizers, ids, strict=True))
-        with _replaced(student.pipeline, {n: _Given(student, n, x) for n, x in given.items()}):
-            found = student.embed([ANY]).tensors()
+        if isinstance(student, Ragged):
+            [(name, each)] = given.items()
+            found = student.of_ids(each, _mask(student, name, each)).tensors()
+        else:
+            with _replaced(student.pipeline, {n: _Given(student, n, x) for n, x in given.items()}):
+                found = student.embed([ANY]).tensors()
         outputs = tuple(found[name] for name in self.names)
         if not self._silent:
             return outputs
@@ -134,12 +143,17 @@ def read_by(network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> list[str]:
     x0 = network.x0(x_t, t, Cond(**given))
 
     def matters(name: str) -> bool:
-        other = Cond(**{**given, name: given[name] + torch.arange(given[name][0].numel()).view(
-            given[name][0].shape
-        )})  # fmt: skip
+        other = Cond(**{**given, name: _changed(given[name], name)})
         return not torch.equal(network.x0(x_t, t, other), x0)
 
     return [name for name in names if matters(name)]
+
+
+def _changed(x: Tensor, name: str) -> Tensor:
+    """Another tensor of a Cond: of a mask one that also hides the first token."""
+    if name == "mask":
+        return torch.cat([torch.zeros_like(x[:, :1]), x[:, 1:]], 1)
+    return x + torch.arange(x[0].numel()).view(x[0].shape)
 
 
 def token_ids(student: PipelineTeacher, caption: str) -> tuple[Cond, dict[str, Tensor]]:
@@ -164,17 +178,31 @@ def _replaced(pipeline: Any, parts: Mapping[str, Any]) -> Iterator[None]:
         pipeline.__dict__.update(before)
 
 
+PADS = ("max_length", True)  # values of `padding` with which a pipeline reads a caption
+
+
 class _Kept:
-    """A tokenizer that keeps the padded ids of the last caption, [1, L]."""
+    """A tokenizer that keeps the last caption: its padded ids [1, L], and its text."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self.ids: Tensor | None = None
+        self.text = ""
 
     def __call__(self, *texts: Any, **options: Any) -> Any:
-        found = self._tokenizer(*texts, **options)
-        if options.get("padding") == "max_length":
-            self.ids = found.input_ids[-1:]
+        if options.get("padding") in PADS:
+            padded = {**options, "padding": "max_length"}
+            self.ids = self._tokenizer(*texts, **padded).input_ids[-1:]
+            given = texts[0] if texts else options["text"]
+            self.text = given if isinstance(given, str) else given[-1]
+        return self._tokenizer(*texts, **options)
+
+    def apply_chat_template(self, conversations: Any, **options: Any) -> Any:
+        found = self._tokenizer.apply_chat_template(conversations, **options)
+        if options.get("tokenize") and options.get("padding") in PADS:
+            self.ids = found["input_ids"][-1:]
+            untokenized = {"tokenize": False, "add_generation_prompt": False}
+            self.text = self._tokenizer.apply_chat_template(conversations, **untokenized)[-1]
         return found
 
     def __getattr__(self, name: str) -> Any:
@@ -185,13 +213,27 @@ class _Given:
     """A tokenizer that returns given ids [1, L] for any caption."""
 
     def __init__(self, student: PipelineTeacher, name: str, ids: Tensor):
-        self._tokenizer, self._ids = getattr(student.pipeline, name), ids
+        self._tokenizer = getattr(student.pipeline, name)
+        self._ids, self._mask = ids, _mask(student, name, ids)
 
     def __call__(self, *texts: Any, **options: Any) -> Any:
         # Pipelines ask again without padding, and warn of tokens that were cut: here of none.
-        ids = self._ids if options.get("padding") == "max_length" else self._ids[:, :1]
-        mask = (ids != self._tokenizer.pad_token_id).to(ids.dtype)
-        return SimpleNamespace(input_ids=ids, attention_mask=mask)
+        last = None if options.get("padding") in PADS else 1
+        ids, mask = self._ids[:, :last], self._mask[:, :last]
+        places = (mask.cumsum(1) - 1).clamp(min=0)  # ChatGLM's, which pads at the beginning
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask, "position_ids": places})
+
+    def apply_chat_template(self, conversations: Any, **options: Any) -> Any:
+        if options.get("tokenize"):
+            return self(**options)
+        return self._tokenizer.apply_chat_template(conversations, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def _mask(student: PipelineTeacher, name: str, ids: Tensor) -> Tensor:
+    """1 for each token of ids [1, L] that is no padding."""
+    part = getattr(student.pipeline, name)
+    tokenizer = getattr(part, "tokenizer", part)  # of a processor its own
+    return (ids != tokenizer.pad_token_id).to(ids.dtype)

@@ -82,6 +82,7 @@ class Family:
     single_file: how `export to=single_file` writes it. `pipeline`: all parts, in the layout of the
         original Stable Diffusion. `transformer`: only the transformer, under diffusers' names.
         None: it cannot be written.
+    untraced: why `export to=onnx` cannot write it, as a clause that begins with which or whose.
     """
 
     kind: Any = None
@@ -106,6 +107,7 @@ class Family:
     trailing: bool = False
     prepares: str = ""
     single_file: Literal["pipeline", "transformer"] | None = None
+    untraced: str | None = None
 
     def kind_name(self) -> str:
         """Name of the pipeline's class."""

@@ -28,6 +28,7 @@ class Kolors(SDXL):
     padded = ()
     embedding_options = ()
     single_file = None
+    untraced = "whose tokenizer is code of diffusers, which onnxruntime's users do not have"
 
     def __init__(self, path: str, *, size: int | None = None, **options: Any):
         # Without clip_skip, which this pipeline does not take.

@@ -57,7 +57,7 @@ class PixArt(Transformer):
         sides = cond.extra
         if sides is None:
             pixels = [float(side * self.cell) for side in x_t.shape[-2:]]
-            sides = send(torch.tensor(pixels), x_t.device).expand(len(x_t), -1)
+            sides = send(torch.tensor(pixels), x_t.device).expand(x_t.shape[0], -1)
         ratio = sides[:, :1].float() / sides[:, 1:].float()
         return {"resolution": sides.to(x_t.dtype), "aspect_ratio": ratio.to(x_t.dtype)}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
 from distill.teachers.flux import Packed
-from distill.teachers.ragged import counts, padded
+from distill.teachers.ragged import Ragged, counts, filled, padded
 from distill.teachers.rescaling import with_norm_of_caption
 from distill.teachers.sized import SizedTeacher
 from distill.teachers.transformer import Transformer
@@ -71,7 +71,7 @@ class DoubleStream(Packed):
         return with_norm_of_caption(guided, conditional, x_t, norm)
 
 
-class QwenImage(SizedTeacher):
+class QwenImage(Ragged, SizedTeacher):
     """A `QwenImagePipeline` (folder or hub id).
 
     It has no pooled embedding, so heads are conditioned only on the noise level. Its pipeline's
@@ -117,3 +117,11 @@ class QwenImage(SizedTeacher):
         tokens, mask = self.pipeline.encode_prompt(captions, **options)
         rows = tokens if mask is None else [x[m.bool()] for x, m in zip(tokens, mask, strict=True)]
         return padded(list(rows), self.length)
+
+    def of_ids(self, ids: Tensor, mask: Tensor) -> Cond:
+        template = self.pipeline.prompt_template_encode_start_idx
+        ids, mask = (x[:, : template + self.length] for x in (ids, mask))
+        found = self.pipeline.text_encoder(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True
+        )
+        return filled(found.hidden_states[-1][:, template:], mask[:, template:], self.length)

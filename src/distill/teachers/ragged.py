@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,16 @@ from torch import Tensor
 
 from distill.core.transfers import host_values
 from distill.core.types import Cond
+
+
+class Ragged(ABC):
+    """Part of a teacher whose pipeline cuts each caption to its own length."""
+
+    @abstractmethod
+    def of_ids(self, ids: Tensor, mask: Tensor) -> Cond:
+        """What `embed` gives for padded token ids [B, L] and their mask, for an exporter: no shape
+        depends on their values.
+        """
 
 
 def padded(captions: Sequence[Tensor], length: int) -> Cond:
@@ -36,3 +47,10 @@ def counts(cond: Cond) -> list[int]:
 def tokens_of(cond: Cond) -> list[Tensor]:
     """The tokens [L_i, D] of each caption, without padding."""
     return [x[:n] for x, n in zip(cond.tokens, counts(cond), strict=True)]
+
+
+def filled(tokens: Tensor, mask: Tensor, length: int) -> Cond:
+    """As `padded`, of tokens [B, L, D] that have padding behind them, of any number."""
+    tokens, mask = (tokens * mask[..., None])[:, :length], mask[:, :length].long()
+    behind = length - tokens.shape[1]
+    return Cond(tokens=F.pad(tokens, (0, 0, 0, behind)), mask=F.pad(mask, (0, behind)))

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.core.types import Cond
 from distill.teachers.chat import ChatTeacher
 from distill.teachers.next_dit import NextDiT
-from distill.teachers.ragged import padded, tokens_of
+from distill.teachers.ragged import Ragged, filled, padded, tokens_of
 
 
 class SingleStream(NextDiT):
@@ -43,7 +43,7 @@ class SingleStream(NextDiT):
         return self.grid(output[:, : height * width], x_t)
 
 
-class ZImage(ChatTeacher):
+class ZImage(Ragged, ChatTeacher):
     """A `ZImagePipeline` (Z-Image or Z-Image-Turbo; folder or hub id).
 
     It has no pooled embedding, so heads are conditioned only on the noise level. Its pipeline's
@@ -86,3 +86,9 @@ class ZImage(ChatTeacher):
             list(captions), do_classifier_free_guidance=False, **options
         )
         return padded(found, self.length)
+
+    def of_ids(self, ids: Tensor, mask: Tensor) -> Cond:
+        found = self.pipeline.text_encoder(
+            input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True
+        )
+        return filled(found.hidden_states[-2], mask, self.length)
