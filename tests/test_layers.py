@@ -72,7 +72,7 @@ HEAVY = {
         "teachers", "discriminators", "evaluation", "students", "sampling", "exporting", "worlds",
     },
     "transformers": {
-        "teachers", "discriminators", "evaluation", "worlds", "training.optimizers",
+        "teachers", "discriminators", "evaluation", "worlds", "training.optimizers", "exporting",
     },
     "torchao": {"training.optimizers", "exporting"},
     **dict.fromkeys(("bitsandbytes", "prodigyopt", "schedulefree"), {"training.optimizers"}),
@@ -84,6 +84,7 @@ HEAVY = {
     "peft": {"students"},
     "onnx": {"exporting"},
     "onnxruntime": {"exporting"},
+    "openvino": {"exporting"},
     "gradio": {"demonstration"},
     "lightning": {"methods.base", "training", "building", "worlds", "python"},
     "pytorch_lightning": set(),  # the same library under its old name: two copies of every class

@@ -19,21 +19,33 @@ import tiny
 from distill import students
 from distill.config.models import sampler_of, student_of
 from distill.sampling import Consistency, Euler, EulerAncestral, seeded, to_bytes
+from distill.teachers.families import BUILT_IN
 
 ort = pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install -e '.[onnx]'")
 PAGE = Path(__file__).parents[1] / "docs" / "how_to" / "onnx.md"
 CAPTIONS = ("a large red star on black", "")
 # Family -> the sampler of its student, so that each is used.
-SAMPLERS = {"shapes": Consistency, "sdxl": EulerAncestral, "sd35": Euler}
+SAMPLERS = {"shapes": Consistency, "sdxl": EulerAncestral, "sd35": Euler, "lumina2": Consistency}
+REFUSED = {  # class of a pipeline -> why
+    "KolorsPipeline": "whose tokenizer is code of diffusers",
+    "WanPipeline": "which makes videos",
+    **dict.fromkeys(
+        ("FluxFillPipeline", "FluxKontextPipeline", "StableDiffusion3InpaintPipeline")
+        + ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+        + ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
+        "which also reads a picture",
+    ),
+}
+EXPORTED = [*(f for f in families.FAMILIES if f != "kolors"), "pixart_alpha_1024"]
 
 
 def student_folder(family: str, folder: Path) -> str:
     """A student of a tiny random pipeline of this family, or the shipped one."""
     if family == "shapes":
         return "shapes:student"
-    teacher = families.teacher_at(families.write(family, folder / "teacher"))
-    sampler = SAMPLERS[family]()
+    teacher = families.teacher_of(family, families.write(family, folder / "teacher"))
+    sampler = SAMPLERS.get(family, Consistency)()
     scheduler = sampler.scheduler(teacher.network, teacher)
     students.save_pipeline(teacher.network, teacher, folder / "student", scheduler, sampler)
     return str(folder / "student")
@@ -102,6 +114,99 @@ def test_the_program_of_the_page_paints_what_torch_paints(family, exported, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", EXPORTED)
+def test_every_family_is_exported_and_equals_torch(family, exported):
+    _, folder, _ = exported(family)
+    about = json.loads((folder / "student.json").read_text(encoding="utf-8"))
+    assert about["largest_difference_from_torch"].keys() == about["networks"].keys()
+    reads = about["networks"]["text_encoder"]["reads"]
+    assert reads.keys() == about["networks"]["text_encoder"]["inputs"].keys()
+
+
+def test_the_table_of_families_is_whole():
+    written = {name: (families.FAMILIES | families.OTHERS)[name].write() for name in EXPORTED}
+    exported = {type(pipeline).__name__ for pipeline in written.values()}
+    assert exported.isdisjoint(REFUSED)
+    assert exported | set(REFUSED) == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_is_refused_before_weights_are_read(kind, command, tmp_path):
+    part = "unet" if "StableDiffusion" in kind and "3" not in kind else "transformer"
+    student = tmp_path / "student"
+    (student / part).mkdir(parents=True)
+    index = {"_class_name": kind, "_diffusers_version": "0.35.0", part: ["diffusers", "X"]}
+    (student / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    code, _, err = command("export", f"run={student}", "to=onnx", "out=new")
+    assert code == 1
+    assert f"to=onnx: run={student} holds a {kind}, {REFUSED[kind]}" in err
+    assert err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("family", ["zimage", "lumina2", "qwenimage", "chroma"])
+def test_a_traceable_network_is_the_network(family, family_teachers):
+    from distill.exporting.traceable import traceable
+
+    teacher = family_teachers(family)
+    cond = teacher.embed(["a", "two blue rings on a table, at dawn", ""])
+    x_t, t = torch.randn(3, *teacher.latent_shape), torch.tensor([1.0, 0.6, 0.3])
+    with torch.no_grad():
+        expected = teacher.x0(x_t, t, cond)
+        with traceable(teacher.network):
+            found = teacher.x0(x_t, t, cond)
+        assert torch.equal(teacher.x0(x_t, t, cond), expected)
+    assert not torch.equal(found, expected)  # of other operations
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_operations_that_onnx_reads_differently_are_replaced():
+    from distill.exporting.graphs import corrected
+
+    class Network(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x.squeeze(1) / (x.squeeze(0).sum() + 1e-15)
+
+    traced = corrected(torch.export.export(Network(), (torch.zeros(1, 2, 3),), strict=False))
+    names = [str(node.target) for node in traced.graph.nodes]
+    assert names.count("aten.squeeze.dim") == 1  # that of a dimension which is 1
+    assert not any(1e-15 in node.args for node in traced.graph.nodes if "add" in str(node.target))
+    x = torch.ones(1, 2, 3)
+    assert torch.equal(traced.module()(x), Network()(x))
+
+
+@pytest.mark.slow
+def test_int8_makes_the_denoiser_smaller_and_moves_it_little(exported, forks, tmp_path):
+    _, whole, _ = exported("shapes")
+    words = ["run=shapes:student", "to=onnx", "weights=int8", f"out={tmp_path / 'small'}"]
+    fork = forks.command("export", words, out=tmp_path / "said", err=tmp_path / "err")
+    assert fork.wait(900) == 0, fork.said()
+    sizes = [(x / "denoiser.onnx").stat().st_size for x in (tmp_path / "small", whole)]
+    assert sizes[0] < 0.4 * sizes[1]
+    about = json.loads((tmp_path / "small" / "student.json").read_text(encoding="utf-8"))
+    assert about["weights"] == "int8"
+    assert 0 < about["int8_difference_of_x0"] < 0.15
+    assert "x0 differs by" in fork.said("out")
+
+
+@pytest.mark.slow
+def test_openvino_is_checked_in_its_runtime(forks, tmp_path):
+    openvino = pytest.importorskip("openvino", reason="pip install -e '.[openvino]'")
+    run = student_folder("sd35", tmp_path)
+    words = [f"run={run}", "to=openvino", f"out={tmp_path / 'ov'}"]
+    fork = forks.command("export", words, out=tmp_path / "said", err=tmp_path / "err")
+    assert fork.wait(900) == 0, fork.said()
+    assert "largest difference from torch: denoiser" in fork.said("out")
+    about = json.loads((tmp_path / "ov" / "student.json").read_text(encoding="utf-8"))
+    for part in about["networks"].values():
+        file = tmp_path / "ov" / part["file"]
+        assert file.suffix == ".xml"
+        assert {port.get_any_name() for port in openvino.Core().read_model(file).inputs} == set(
+            part["inputs"]
+        )
+    assert not list((tmp_path / "ov").glob("*.onnx*"))
+
+
+@pytest.mark.slow
 def test_batches_of_any_size_are_one_by_one(exported):
     _, folder, _ = exported("shapes")
     about = json.loads((folder / "student.json").read_text(encoding="utf-8"))
@@ -112,6 +217,8 @@ def test_batches_of_any_size_are_one_by_one(exported):
     [whole] = session.run(["x0"], given)
     ones = [session.run(["x0"], {n: x[i : i + 1] for n, x in given.items()})[0] for i in range(5)]
     assert np.abs(whole - np.concatenate(ones)).max() < 1e-4
+    with pytest.raises(Exception, match="Got invalid dimensions for input: x_t"):
+        session.run(["x0"], {**given, "x_t": given["x_t"][:, :, :8, :8]})
 
 
 @pytest.mark.slow
@@ -154,10 +261,12 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(command, tmp
         assert expected in err
         assert err.strip().count("\n") == 0 or "was not distilled" in err
     real = importlib.util.find_spec
+    absent = ("onnxruntime", "openvino")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "onnxruntime" else real(n, *a)
+        importlib.util, "find_spec", lambda n, *a: None if n in absent else real(n, *a)
     )
-    code, _, err = command("export", f"run={folder}", "to=onnx", "out=new")
-    assert code == 1
-    assert "needs onnxruntime, not installed here; pip install 'distill[onnx]'" in err
+    for form, package, extra in (("onnx", absent[0], "onnx"), ("openvino", absent[1], absent[1])):
+        code, _, err = command("export", f"run={folder}", f"to={form}", "out=new")
+        assert code == 1
+        assert f"needs {package}, not installed here; pip install 'distill[{extra}]'" in err
     assert sorted(tmp_path.rglob("*")) == before

@@ -5,6 +5,7 @@
     python -m distill.export run=runs/... to=lora rank=64 naming=kohya
     python -m distill.export run=runs/... to=single_file dtype=float16
     python -m distill.export run=runs/... to=onnx out=onnx
+    python -m distill.export run=runs/... to=openvino out=openvino
     python -m distill.export run=runs/... to=web runtime=onnxruntime-web.tgz out=page
     python -m distill.export run=runs/... to=hub repo=me/my-student
     python -m distill.export run=runs/... to=diffusers lora=runs/dpo lora_scale=1 out=student
@@ -16,6 +17,7 @@ single_file   for ComfyUI: Stable Diffusion 1, 2 and XL in the original layout; 
               PixArt, Z-Image and Qwen-Image only the transformer, with diffusers' names
 delta         student minus base: `teacher.weights=<delta>` adds it to a teacher
 onnx          denoiser, text encoder and decoder for onnxruntime, checked against torch
+openvino      the same for OpenVINO
 web           a page that runs a small student in the browser, without a server
 hub           as diffusers, pushed to `repo` on the hub; a new repository is private
 
@@ -121,7 +123,10 @@ def check(cfg: DictConfig) -> None:
 
 def _check_packages(cfg: DictConfig) -> None:
     """Check that what writes this form is installed."""
-    if cfg.weights and importlib.util.find_spec("torchao") is None:
+    if cfg.weights == "fp8" and cfg.to in PACKAGES:
+        raise ValueError(f"weights=fp8: to={cfg.to} has no such weights; use weights=int8")
+    by_torchao = cfg.weights and cfg.to not in PACKAGES
+    if by_torchao and importlib.util.find_spec("torchao") is None:
         what = "needs torchao, not installed here; pip install 'distill[quantise]'"
         raise ValueError(f"weights={cfg.weights}: {what}")
     if cfg.weights and cfg.dtype:
@@ -129,7 +134,8 @@ def _check_packages(cfg: DictConfig) -> None:
         raise ValueError(f"dtype={cfg.dtype}: {what}")
     missing = [name for name in PACKAGES.get(cfg.to, ()) if importlib.util.find_spec(name) is None]
     if missing:
-        what = f"needs {', '.join(missing)}, not installed here; pip install 'distill[onnx]'"
+        extra = "openvino" if cfg.to == "openvino" else "onnx"
+        what = f"needs {', '.join(missing)}, not installed here; pip install 'distill[{extra}]'"
         raise ValueError(f"to={cfg.to}: {what}")
     if cfg.to == "web":
         web_runtime.read(cfg.runtime)
@@ -318,7 +324,9 @@ def _onnx(cfg: DictConfig, run: Path, out: Path) -> Path:
     from distill.exporting.onnx_files import save_onnx
 
     student = _student(cfg)
-    return save_onnx(student, sampler_of(cfg.run, student), pipeline_folder(run), out)
+    sampler = sampler_of(cfg.run, student)
+    how = {"form": cfg.to, "weights": cfg.weights}
+    return save_onnx(student, sampler, pipeline_folder(run), out, **how)
 
 
 def _web(cfg: DictConfig, run: Path, out: Path) -> Path:
@@ -349,19 +357,21 @@ FORMS = {
     "single_file": _single_file,
     "delta": _delta,
     "onnx": _onnx,
+    "openvino": _onnx,
     "web": _web,
     "hub": _hub,
 }
 PACKAGES = dict.fromkeys(("onnx", "web"), ("onnx", "onnxscript", "onnxruntime"))  # form -> needs
+PACKAGES["openvino"] = ("onnx", "onnxscript", "openvino")
 # Option -> the forms that use it. With other forms it is refused, since it would have no effect.
 MEANT_FOR = {
     "rank": ("lora",),
     "naming": ("lora",),
     "scheduler": ("diffusers", "hub"),
-    "weights": ("diffusers", "hub"),
+    "weights": ("diffusers", "onnx", "hub"),
     "dtype": ("diffusers", "lora", "single_file", "hub"),
     "base": ("lora", "delta"),
-    "lora": ("diffusers", "single_file", "delta", "onnx", "web", "hub"),
+    "lora": ("diffusers", "single_file", "delta", "onnx", "openvino", "web", "hub"),
     "runtime": ("web",),
 }
 FRESH_NOISE = "SCMScheduler"  # of Sana-Sprint

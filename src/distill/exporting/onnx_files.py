@@ -5,13 +5,15 @@ text_encoder.onnx   token ids of one caption -> conditioning
 decoder.onnx        latents [batch, C, H, W] -> pixels in [-1, 1]
 tokenizer*/         as in the pipeline
 student.json        inputs, shapes, and alpha and sigma of the steps
+
+As OpenVINO's files the same networks are .xml and .bin, checked in its runtime too.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.exporting import openvino_files
 from distill.exporting.graphs import corrected
-from distill.exporting.traced import Traced, networks_of, token_ids
+from distill.exporting.traced import Traced, networks_of, reading, token_ids
 from distill.machine.faults import first_line, quiet_logging
 from distill.sampling import EulerAncestral, FewSteps, distilled
 from distill.storage.atomic import atomic_folder
@@ -37,40 +40,102 @@ MOST_AT_ONCE = 63  # pictures for which diffusers' upsampling is one graph: from
 # ours: the largest difference from torch, as a share of the largest value; float32 gives about 1e-5
 TOLERANCE = 1e-3
 ONE_FILE = 1_500_000_000  # bytes of weights that one .onnx file can hold; the format ends at 2 GiB
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+Run = Callable[[Path, Mapping[str, Tensor]], dict[str, np.ndarray]]
 
 
-def save_onnx(student: PipelineTeacher, sampler: FewSteps, source: Path, out: Path) -> Path:
+def save_onnx(
+    student: PipelineTeacher,
+    sampler: FewSteps,
+    source: Path,
+    out: Path,
+    *,
+    form: str = "onnx",
+    weights: str | None = None,
+) -> Path:
     """Write the folder `out` for a student of the pipeline folder `source`.
 
+    form: onnx or openvino. weights: int8 quantises the denoiser's matrix products, after the check.
     Raises ValueError for a pipeline that was not distilled or cannot be traced, and for outputs in
-    onnxruntime that differ from torch's.
+    the runtime that differ from torch's.
     """
     if not distilled(student.pipeline):
         what = "was not distilled to few steps, and has no sampler to export"
-        raise ValueError(f"to=onnx: {source} {what}; give a student")
+        raise ValueError(f"to={form}: {source} {what}; give a student")
     steps = steps_of(student, sampler)
     first, last = (levels[-1]["t"] for levels in (steps["1"], steps[max(steps)]))
     parts = networks_of(student, CAPTIONS, torch.tensor([first, last]))
     with atomic_folder(out) as partial:
         partial.mkdir(parents=True)
-        for part in parts:
-            with stage(f"exporting the {part.name.replace('_', ' ')}"):
-                write(part, partial / f"{part.name}.onnx", type(student.pipeline).__name__)
-        differences = compare(student, parts, partial)
-        each = (f"{name.replace('_', ' ')} {worst:.1e}" for name, worst in differences.items())
-        print(f"largest difference from torch: {', '.join(each)}")
+        found = {
+            **described(student, sampler, steps),
+            "weights": weights or "float32",
+            "networks": _written(student, parts, partial, form),
+            "largest_difference_from_torch": _checked(student, parts, partial, form),
+        }
+        if weights:
+            found["int8_difference_of_x0"] = quantise(student, parts[0], partial)
+        found["networks"]["text_encoder"]["reads"] = reading(student)
         for name in parts[1].inputs:
             copy_part(Path(home_of(source, name), name), partial / name)
         for folder in reversed(lineage(source)):
             copy_terms(folder, partial)
-        found = {
-            **described(student, sampler, steps),
-            "networks": {part.name: _described(part) for part in parts},
-            "largest_difference_from_torch": differences,
-        }
         text = json.dumps(found, indent=2) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
     return out
+
+
+def _written(
+    student: PipelineTeacher, parts: Sequence[Traced], folder: Path, form: str
+) -> dict[str, Any]:
+    """Write all networks; returns what the manifest says of each."""
+    for part in parts:
+        with stage(f"exporting the {part.name.replace('_', ' ')}"):
+            file = folder / f"{part.name}.onnx"
+            write(part, file, type(student.pipeline).__name__)
+            if form == "openvino":
+                openvino_files.convert(file)
+    return {part.name: _described(part, form) for part in parts}
+
+
+def _checked(
+    student: PipelineTeacher, parts: list[Traced], folder: Path, form: str
+) -> dict[str, float]:
+    run_it = openvino_files.run if form == "openvino" else run
+    differences = compare(student, parts, folder, run_it, SUFFIX[form])
+    each = (f"{name.replace('_', ' ')} {worst:.1e}" for name, worst in differences.items())
+    print(f"largest difference from torch: {', '.join(each)}")
+    return differences
+
+
+def quantise(student: PipelineTeacher, denoiser: Traced, folder: Path) -> float:
+    """Quantise the denoiser's file to int8; returns the difference of its outputs.
+
+    Weights of matrix products have a scale for each column, and their inputs are quantised as they
+    come, by one scale. The difference is the root mean square of that of x0, as a share of x0's.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    file = folder / "denoiser.onnx"
+    given = _examples(student, denoiser)[-1]
+    before = run(file, given)["x0"]
+    smaller, large = file.with_suffix(".int8"), file.with_name(f"{file.name}.data")
+    with stage("quantising the denoiser, int8"), quiet_logging():
+        quantize_dynamic(
+            file,
+            smaller,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            use_external_data_format=large.exists(),
+        )
+    was, now = (sum(x.stat().st_size for x in folder.glob(f"{y.name}*")) for y in (file, smaller))
+    large.unlink(missing_ok=True)
+    smaller.replace(file)  # its own data, if any, keep their name
+    share = float(np.sqrt(np.mean((run(file, given)["x0"] - before) ** 2) / np.mean(before**2)))
+    size = f"{was / 1e6:.1f} MB of the denoiser are now {now / 1e6:.1f}"
+    print(f"int8: {size}, and x0 differs by {share:.1%} (root mean square)")
+    return share
 
 
 def write(part: Traced, file: Path, kind: str) -> None:
@@ -107,8 +172,16 @@ def _shapes(part: Traced, shapes: list[dict[int, Any]]) -> Any:
     return (tuple(shapes),) if part.name == "text_encoder" else tuple(shapes)
 
 
-def compare(student: PipelineTeacher, parts: list[Traced], folder: Path) -> dict[str, float]:
-    """The largest absolute difference of each network's outputs in onnxruntime from torch.
+def compare(
+    student: PipelineTeacher,
+    parts: list[Traced],
+    folder: Path,
+    run_it: Run | None = None,
+    suffix: str = ".onnx",
+) -> dict[str, float]:
+    """The largest absolute difference of each network's outputs from torch.
+
+    run_it: runs a file, by default in onnxruntime.
 
     Batches of 1 and 2 are compared, and two captions. Raises ValueError above TOLERANCE.
     """
@@ -116,7 +189,7 @@ def compare(student: PipelineTeacher, parts: list[Traced], folder: Path) -> dict
     for part in parts:
         worst = 0.0
         for inputs in _examples(student, part):
-            expected, got = part(inputs), _ran(folder / f"{part.name}.onnx", inputs)
+            expected, got = part(inputs), _ran(run_it or run, folder / f"{part.name}{suffix}", inputs)
             for name, values in expected.items():
                 difference = np.abs(got[name] - values.numpy()).max()
                 share = difference / max(float(values.abs().max()), 1e-12)
@@ -147,12 +220,12 @@ def run(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(names, given), strict=True))
 
 
-def _ran(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """As `run`. Raises ValueError, in one sentence, where onnxruntime cannot run the network."""
+def _ran(run_it: Run, file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """As `run_it`. Raises ValueError, in one sentence, where the runtime cannot run the network."""
     try:
-        return run(file, inputs)
+        return run_it(file, inputs)
     except Exception as error:  # its own classes, which derive from nothing else
-        what = f"onnxruntime cannot run the {file.stem} ({first_line(error, 200)})"
+        what = f"{'OpenVINO' if file.suffix == '.xml' else 'onnxruntime'} cannot run the {file.stem} ({first_line(error, 200)})"
         raise ValueError(f"to=onnx: {what}; use to=diffusers") from error
 
 
@@ -187,16 +260,16 @@ def described(
         "latents": list(student.latent_shape),
         "pixels": list(student.sides_of(student.latent_shape)),
         "scale": student.vae.config.get("scaling_factor") or 1.0,
-        "scale_is_in": "decoder.onnx",
+        "scale_is_in": "decoder",
         "sampler": type(sampler).__name__,
         "first_noise_times": steps["1"][0]["sigma"] if scaled else 1.0,
         "steps": steps,
     }
 
 
-def _described(part: Traced) -> dict[str, Any]:
+def _described(part: Traced, form: str) -> dict[str, Any]:
     return {
-        "file": f"{part.name}.onnx",
+        "file": f"{part.name}{SUFFIX[form]}",
         "inputs": part.sizes(part.inputs),
         "outputs": part.sizes(part(part.inputs)),
     }

@@ -24,6 +24,7 @@ from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.ragged import Ragged
 
 ANY = "a"  # a caption in place of that whose tokens are given
+MARK = "qzq"  # a caption that stands in no template, and that cleaning leaves as it is
 
 
 class Denoise(nn.Module):
@@ -158,13 +159,45 @@ def _changed(x: Tensor, name: str) -> Tensor:
 
 def token_ids(student: PipelineTeacher, caption: str) -> tuple[Cond, dict[str, Tensor]]:
     """The Cond of a caption, and its token ids [1, L] by the name of the tokenizer."""
+    cond, kept = _read(student, caption)
+    return cond, {name: each.ids for name, each in kept.items() if each.ids is not None}
+
+
+def _read(student: PipelineTeacher, caption: str) -> tuple[Cond, dict[str, _Kept]]:
+    """The Cond of a caption, and the tokenizers that have read it."""
     loaded = student.pipeline.components.items()
     made = {n: _Kept(part) for n, part in loaded if n.startswith("tokenizer") and part is not None}
     with _replaced(student.pipeline, made):
         cond = student.embed([caption or " ", caption])  # embedded, and not taken from the null
-    return cond.index(slice(1, 2)), {
-        n: kept.ids for n, kept in made.items() if kept.ids is not None
-    }
+    used = {name: each for name, each in made.items() if each.ids is not None}
+    return cond.index(slice(1, 2)), used
+
+
+def reading(student: PipelineTeacher) -> dict[str, dict[str, Any]]:
+    """How a program gives each tokenizer a caption.
+
+    before, after: the text around it. empty: the text in place of the empty caption; None where its
+    pipeline reads that in another length. padding_side: left or right. special_tokens: whether the
+    tokenizer adds its own. Raises ValueError for ids that no such call gives.
+    """
+    found, (_, empty) = {}, _read(student, "")
+    for name, kept in _read(student, MARK)[1].items():
+        before, mark, after = kept.text.partition(MARK)
+        ids, of_empty = kept.ids, empty[name].ids
+        assert ids is not None
+        adds = [special for special in (True, False) if torch.equal(kept.again(special), ids)]
+        if not mark or not adds:
+            what = f"the {name} of a {type(student.pipeline).__name__} reads more than a text"
+            raise ValueError(f"to=onnx: {what}; use to=diffusers")
+        same = of_empty is not None and of_empty.shape == ids.shape
+        found[name] = {
+            "before": before,
+            "after": after,
+            "empty": empty[name].text if same else None,
+            "padding_side": kept.tokenizer.padding_side,
+            "special_tokens": adds[0],
+        }
+    return found
 
 
 @contextmanager
@@ -203,6 +236,19 @@ class _Kept:
             self.ids = found["input_ids"][-1:]
             untokenized = {"tokenize": False, "add_generation_prompt": False}
             self.text = self._tokenizer.apply_chat_template(conversations, **untokenized)[-1]
+        return found
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer itself, also of a processor."""
+        return getattr(self._tokenizer, "tokenizer", self._tokenizer)
+
+    def again(self, special: bool) -> Tensor:
+        """The ids [1, L] of the kept text, as a program reads it."""
+        assert self.ids is not None
+        how = {"padding": "max_length", "max_length": self.ids.shape[1], "truncation": True}
+        call = {**how, "return_tensors": "pt", "add_special_tokens": special}
+        found: Tensor = self.tokenizer([self.text], **call).input_ids
         return found
 
     def __getattr__(self, name: str) -> Any:

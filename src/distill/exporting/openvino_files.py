@@ -1,0 +1,40 @@
+"""ONNX files as OpenVINO's, and these in its runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from distill.machine.faults import first_line
+
+PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # else it computes in bfloat16 where a CPU can
+
+
+def convert(file: Path) -> Path:
+    """Replace an .onnx file by an .xml file with the network and a .bin file with its weights.
+
+    Raises ValueError where OpenVINO cannot read it.
+    """
+    import openvino
+
+    try:
+        model = openvino.convert_model(file)
+        openvino.save_model(model, file.with_suffix(".xml"), compress_to_fp16=False)
+    except Exception as error:  # its own classes
+        what = f"OpenVINO cannot read the {file.stem} ({first_line(error, 120)})"
+        raise ValueError(f"to=openvino: {what}; use to=onnx") from error
+    for path in (file, file.with_name(f"{file.name}.data")):
+        path.unlink(missing_ok=True)
+    return file.with_suffix(".xml")
+
+
+def run(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Outputs by name of a network."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(file, "CPU", PRECISE)
+    found = compiled({name: x.numpy() for name, x in inputs.items()})
+    return {output.get_any_name(): np.asarray(values) for output, values in found.items()}
