@@ -189,7 +189,10 @@ def compare(
     for part in parts:
         worst = 0.0
         for inputs in _examples(student, part):
-            expected, got = part(inputs), _ran(run_it or run, folder / f"{part.name}{suffix}", inputs)
+            expected, got = (
+                part(inputs),
+                _ran(run_it or run, folder / f"{part.name}{suffix}", inputs),
+            )
             for name, values in expected.items():
                 difference = np.abs(got[name] - values.numpy()).max()
                 share = difference / max(float(values.abs().max()), 1e-12)
@@ -225,7 +228,8 @@ def _ran(run_it: Run, file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.
     try:
         return run_it(file, inputs)
     except Exception as error:  # its own classes, which derive from nothing else
-        what = f"{'OpenVINO' if file.suffix == '.xml' else 'onnxruntime'} cannot run the {file.stem} ({first_line(error, 200)})"
+        who = "OpenVINO" if file.suffix == ".xml" else "onnxruntime"
+        what = f"{who} cannot run the {file.stem} ({first_line(error, 200)})"
         raise ValueError(f"to=onnx: {what}; use to=diffusers") from error
 
 

@@ -73,8 +73,7 @@ class Rotated:
 
 
 class JointRotated:
-    """Attention processor of Qwen-Image: caption and picture, each with its rotation [1, L, ...].
-    """
+    """Attention processor of Qwen-Image: caption and picture, each with its rotation."""
 
     def __call__(
         self,

@@ -37,10 +37,10 @@ def traceable(network: Network) -> Iterator[None]:
         with _part(model, "time_text_embed", ManyTimes(model.time_text_embed)):
             yield
     elif isinstance(network, DoubleStream):
-        places = SignedPlaces(model.pos_embed)
-        with _predicting(network, _qwen_image(network)), _attending(model, JointRotated()):
-            with _part(model, "pos_embed", places):
-                yield
+        places = _part(model, "pos_embed", SignedPlaces(model.pos_embed))
+        form = _qwen_image(network)
+        with _predicting(network, form), _attending(model, JointRotated()), places:
+            yield
     elif isinstance(network, SingleStream | CaptionFirst):
         form = _z_image if isinstance(network, SingleStream) else _lumina2
         with _predicting(network, form(network)), _attending(model, Rotated()):
@@ -110,7 +110,9 @@ class SignedPlaces(nn.Module):
     def forward(self, sizes: Any, device: Any, max_txt_seq_len: int) -> tuple[Tensor, Tensor]:
         [(_, height, width)] = sizes[0]
         rows, columns = (torch.arange(side) - (side - side // 2) for side in (height, width))
-        row, column = (x.flatten() % self.size for x in torch.meshgrid(rows, columns, indexing="ij"))
+        row, column = (
+            x.flatten() % self.size for x in torch.meshgrid(rows, columns, indexing="ij")
+        )
         image = self.tables.of(torch.zeros_like(row), row, column, batch=1)
         after = torch.arange(max_txt_seq_len) + max(height // 2, width // 2)
         return image, self.tables.of(after, after, after, batch=1)
