@@ -155,7 +155,8 @@ def test_a_traceable_network_is_the_network(family, family_teachers):
         with traceable(teacher.network):
             found = teacher.x0(x_t, t, cond)
         assert torch.equal(teacher.x0(x_t, t, cond), expected)
-    assert not torch.equal(found, expected)  # of other operations
+    same = family == "chroma"  # whose form differs only in how it is traced
+    assert torch.equal(found, expected) == same
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
