@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 import tiny
 from distill import doctor
+from distill.data.shard_job import put_null
 from distill.machine import hardware
 from distill.storage import locks
 from distill.teachers.loading import sizes
@@ -90,8 +92,10 @@ def test_the_default_settings_are_counted(command, pipelines, tmp_path):
     mine = ["teacher=sd15", f"teacher.path={pipelines('unet')}"]
     code, out, _ = command("doctor", *mine)
     assert code == 0
-    (line,) = (x for x in out.splitlines() if "beside the denoisers" in x)
-    assert re.search(r"text encoders .* GB, autoencoder .* GB, decoding pictures of 64x64 ", line)
+    (line,) = (x for x in out.splitlines() if "held between steps" in x)
+    assert re.search(r"student .*, text encoders .*, autoencoder ", line)
+    assert "beside steps: decoding pictures of 64x64 " in out
+    assert "student with gradient, optimiser and average" not in out  # the count without a step
     assert "no data given: renders of shapes are assumed" in out
     code, out, _ = command("doctor", *mine, "~callbacks.samples")
     assert "decoding" not in out
@@ -238,6 +242,28 @@ def test_optimizers_and_averages_are_counted_by_their_kind():
     assert budget.frozen_bytes(2, "int8") == 1
     assert budget.frozen_bytes(2, "nf4") == 4.5 / 8
     assert budget.frozen_bytes(2, None) == 2
+
+
+@pytest.mark.slow
+def test_latents_in_a_store_are_counted_as_those_of_a_folder(
+    command, pipelines, teachers, tmp_path
+):
+    """Also their embedded captions, with which no text encoder is read."""
+    fs, shards = fsspec.filesystem("memory"), tiny.write_shards(tmp_path / "shards")
+    mine = ["teacher=sd3", f"teacher.path={pipelines('mmdit')}", "data=latents"]
+    mine += ["data.batch_size=2", f"data.cache_dir={tmp_path / 'copies'}"]
+    found = {}
+    for name in ("plain", "embedded"):
+        if name == "embedded":
+            put_null(teachers("mmdit"), shards)
+        for file in shards.iterdir():
+            fs.pipe_file(f"/doctor/{name}/{file.name}", file.read_bytes())
+        for path in (shards, f"memory://doctor/{name}"):
+            code, out, err = command("doctor", *mine, f"data.path={path}")
+            assert code == 0, err
+            lines = [line for line in out.splitlines() if "GB" in line and "free" not in line]
+            assert found.setdefault(name, lines) == lines
+    fs.rm("/doctor", recursive=True)
 
 
 def test_a_folder_of_pictures_and_micro_batches_are_counted(command, pipelines, tmp_path):

@@ -40,6 +40,25 @@ def test_an_edit_is_a_function_of_its_number():
     assert {sample_edit(1, i).task for i in range(60)} == set(TASKS)
 
 
+def test_every_row_of_an_evaluation_has_the_true_targets_of_the_first(judge):
+    """Their renders are read once: the second row reads its own pictures alone."""
+    read, sizes = judge.judge.reader.features, []
+
+    def counted(pixels):
+        sizes.append(len(pixels))
+        return read(pixels)
+
+    judge.judge._reference = None
+    pictures = rendered([edit.source for edit in EDITS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge.judge.reader, "features", counted)
+        first = judge(pictures, EDITS)
+        of_first = sum(sizes)
+        sizes.clear()
+        assert judge(pictures, EDITS) == pytest.approx(first, nan_ok=True)
+    assert of_first - sum(sizes) == len(EDITS)
+
+
 def test_an_instruction_names_what_changes_and_nothing_else_changes():
     for edit in EDITS:
         before = [t for i, t in enumerate(edit.source.things) if i not in edit.of_source]

@@ -145,9 +145,15 @@ def test_files_that_are_not_theirs_are_one_sentence(places, tmp_path):
     torch.save(tensors, broken / "ImageReward.pt")
     torch.save({"x": print}, tmp_path / "code.pth")
     (tmp_path / "empty").mkdir()
+    other = eyes.write_image_reward(tmp_path / "other")
+    torch.save({"weight": torch.ones(2)}, other / "ImageReward.pt")
+    unsized = eyes.write_image_reward(tmp_path / "unsized")
+    (unsized / "med_config.json").write_text('{"hidden_size": 8}', encoding="utf-8")
     bert, clip = str(places["bert"]), str(places["clip"])
     for network, said in (
         (rewards.ImageReward(str(broken), processor=bert), "lacks vision.encoder.layers.1"),
+        (rewards.ImageReward(str(other), processor=bert), "is no checkpoint of ImageReward"),
+        (rewards.ImageReward(str(unsized), processor=bert), "it lacks vocab_size"),
         (rewards.ImageReward(str(tmp_path / "empty"), processor=bert), "No such file"),
         (rewards.ImageReward("nobody/nothing"), "cannot be read"),
         (rewards.Aesthetic(clip, pretrained=str(tmp_path / "code.pth")), "Weights only load"),

@@ -8,6 +8,8 @@ import pickle
 import re
 import shutil
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -378,6 +380,24 @@ def test_a_hostile_chat_template_is_refused(text, wrong, tmp_path):
     teacher = templated(text, tmp_path / "zimage")
     with pytest.raises(ValueError, match=f"^teacher.path={tmp_path / 'zimage'}: .*{wrong}"):
         teacher.embed(["a red circle"])
+
+
+def test_threads_that_embed_captions_at_once_leave_the_template_as_it_is(tmp_path):
+    """Meanwhile the tokenizer has the short template, and the second must not find that."""
+    teacher = templated(text := "say: {{ messages[-1].content }}", tmp_path / "zimage")
+    own, inside = teacher._embedded, threading.Semaphore(0)
+
+    def slow(captions):
+        inside.release()
+        inside.acquire()  # its own
+        inside.acquire(timeout=0.3)  # the other's, if it is in here too
+        return own(captions)
+
+    teacher._embedded = slow
+    with ThreadPoolExecutor(2) as together:
+        found = list(together.map(lambda words: teacher.embed([words]).tokens, ["ab", "ab"]))
+    assert torch.equal(*found)
+    assert teacher.pipeline.tokenizer.chat_template == text
 
 
 def test_a_chat_template_runs_once_on_no_caption_of_ours(tmp_path):

@@ -19,11 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import families
 import ldm
+import makers
 import tiny
 from distill.exporting.single_file import save_single_file
 from distill.sampling import Consistency, seeded
 from distill.students import full, save_pipeline
+from distill.teachers.kolors import Kolors
 from distill.teachers.loading.held import check_held, places_in
+from distill.teachers.loading.single import transformer_of
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sd import SD
 from distill.teachers.sd3 import SD3
@@ -31,6 +34,7 @@ from distill.teachers.sdxl import SDXL
 
 CONF = Path(__file__).parents[1] / "conf" / "teacher"
 MAKE = {"sd15": SD, "sd21": SD, "sdxl": SDXL, "sd3": SD3}
+OPTIONS = {name: row.options for name, row in (families.FAMILIES | families.OTHERS).items()}
 SOURCE = {"sdxl": "sdxl", "sd3": "sd35"}  # others are tiny's own
 
 
@@ -126,6 +130,60 @@ def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, t
     teacher = MAKE[layout](str(bare), config=str(folder))
     expected = MAKE[layout](str(folder)).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in teacher.state_dict().items())
+
+
+# -- a transformer alone, of families whose parts never come in one file ---------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Family -> (its folder, the transformer in its makers' layout, the folder without it)."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            place = tmp_path_factory.mktemp(family)
+            folder = families.write(family, place / "folder")
+            (weights,) = (folder / "transformer").glob("*.safetensors")
+            state = makers.LAYOUTS[family](load_file(weights))
+            if family != "flux2":  # ComfyUI's files have the prefix, makers' have not
+                state = ldm.under("model.diffusion_model.", state)
+            state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+            save_file(state, place / "model.safetensors")
+            config = shutil.copytree(folder, place / "config")
+            (config / "transformer" / weights.name).unlink()
+            made[family] = folder, place / "model.safetensors", config
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", makers.LAYOUTS)
+def test_a_transformer_in_its_makers_layout_is_the_folder(family, alone):
+    folder, file, config = alone(family)
+    options = OPTIONS[family]
+    whole = families.teacher_at(folder, **options)
+    single = type(whole)(str(file), config=str(config), dtype="float32", **options)
+    assert tiny.same(single.state_dict(), whole.state_dict())
+    assert single.folder is None
+    assert single.pipeline.name_or_path is None
+
+
+def test_a_transformer_that_does_not_fit_is_one_sentence(alone, tmp_path):
+    folder, file, config = alone("wan")
+    kind, state = type(families.teacher_at(folder, **OPTIONS["wan"])), load_file(file)
+    first = next(iter(state))
+    for more, said in (
+        (
+            {"vae.decoder.conv_in.weight": torch.ones(1)},
+            "give a file of the denoiser alone: the rest",
+        ),
+        ({"model.diffusion_model.more": torch.ones(9)}, "has 9 numbers more than the Wan"),
+        ({first: None}, "(it lacks tensors of it); choose another teacher= or teacher.config="),
+    ):
+        kept = {name: x for name, x in (state | more).items() if x is not None}
+        save_file(kept, path := tmp_path / "x.safetensors")
+        assert said in said_of(kind, path, config=str(config))
 
 
 # -- files that do not fit -------------------------------------------------------------------------
@@ -342,7 +400,7 @@ def test_every_teacher_that_diffusers_reads_from_one_file_is_told_its_kind(name)
     node = OmegaConf.load(CONF / f"{name}.yaml")
     kind = get_object(node._target_).kind
     of_shapes = OmegaConf.is_missing(node, "path") or node.path.startswith("shapes:")
-    if of_shapes or not issubclass(kind, FromSingleFileMixin):
+    if of_shapes or not (issubclass(kind, FromSingleFileMixin) or transformer_of(kind)):
         pytest.skip("is no such teacher")
     assert node.config == node.path
 
@@ -363,5 +421,9 @@ def test_what_is_no_such_file_is_said(written, tmp_path):
     assert "old.ckpt is pickled, which can run code when read" in said_of(
         SD, tmp_path / "old.ckpt", config=config
     )
-    said = said_of(PixArtSigma, written("sd15")[1], config=config)
-    assert said.endswith("diffusers reads no PixArtSigmaPipeline from one file; give a folder")
+    for kind in (PixArtSigma, Kolors):
+        said = said_of(kind, written("sd15")[1])
+        assert said.endswith(
+            f"diffusers reads no {kind.kind.__name__} from one file; give a folder, and weights of"
+            " its denoiser, under diffusers' names, as teacher.weights="
+        )

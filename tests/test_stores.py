@@ -149,34 +149,6 @@ def test_what_is_beside_the_shards_comes_along(folder, memory):
         batches(memory)
 
 
-@pytest.mark.slow
-def test_s3(folder, tmp_path, monkeypatch):
-    pytest.importorskip("s3fs")
-    import s3fs
-
-    (tmp_path / "store").mkdir()
-    shutil.copytree(folder, tmp_path / "store" / "bucket" / "deep")
-    with serve(tmp_path / "store", s3=True) as served:
-        for key, value in {
-            "AWS_ENDPOINT_URL": served.url, "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(key, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        for path in (
-            "s3://bucket/deep/x-{000..002}.tar",
-            "s3://bucket/deep",
-            "s3://bucket/*/*.tar",
-        ):
-            for gb in (CACHED, ONE_BY_ONE):
-                same(batches(path, cache_gb=gb)[0], batches(folder)[0])
-        s3fs.S3FileSystem.clear_instance_cache()
-        stores.listed.cache_clear()
-        served.status = 403
-        with pytest.raises(ValueError, match="the store refuses to show it"):
-            batches("s3://bucket/deep/x-000.tar")
-
-
 # -- stores that fail ------------------------------------------------------------------------------
 
 

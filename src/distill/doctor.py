@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
@@ -159,42 +159,51 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
     )
     on_device, on_host = trained_bytes(cfg, path, part, network)
     shared = frozen + on_device
-    what = f"denoiser, frozen {frozen / GB:.2f} GB; student with gradient, optimiser and average"
-    yield "ok", f"{what} {on_device / GB:.2f} GB, and {on_host / GB:.2f} GB on the CPU", ""
-    encoders = {
-        "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
-        "autoencoder": _starting(counts, "vae") * width,
-    }
-    if cfg.get("score_teacher"):
-        encoders["score teacher"] = score_teacher_bytes(cfg.score_teacher)
-    side = pictures_side(cfg, path, part)
+    encoders = other_weights(cfg, counts, width)
+    side, decoding = pictures_side(cfg, path, part), {}
     if side:
-        encoders[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
-    listed = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in encoders.items())
-    yield "ok", f"beside the denoisers: {listed}", ""
+        decoding[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     step, reason = step_memory(cfg)
     on_top = ", and activations on top"
     if step is None:
+        what = (
+            f"denoiser, frozen {frozen / GB:.2f} GB; student with gradient, optimiser and average"
+        )
+        yield "ok", f"{what} {on_device / GB:.2f} GB, and {on_host / GB:.2f} GB on the CPU", ""
+        yield "ok", f"beside the denoisers: {_listed(encoders | decoding, ' GB')}", ""
         yield "warn", f"activations are not counted: {reason}", "leave room for them"
     else:
-        held = ", ".join(f"{name} {size / GB:.2f}" for name, size in step.held.items() if size)
-        yield "ok", f"held between steps, in GB: {held}; on the host {step.host / GB:.2f}", ""
+        what = f"held between steps, in GB: {_listed(step.held)}; on the host {step.host / GB:.2f}"
+        yield "ok", what, ""
+        if decoding:
+            yield "ok", f"beside steps: {_listed(decoding, ' GB')}", ""
         on_top = f", {step.within / GB:.2f} GB of them within a step"
     for name, share in {
         "one process or trainer=ddp": 1,
         f"trainer=fsdp2 on {count}": count,
     }.items():
-        taken = shared / share + sum(encoders.values()) + (step.within if step else 0)
+        beside = sum(encoders.values()) + sum(decoding.values())
+        taken = shared / share + beside + (step.within if step else 0)
         if step and share == 1:
-            decoding = encoders.get(f"decoding pictures of {side}x{side}", 0)
-            taken = max(step.peak, sum(step.held.values()) + decoding)
+            taken = max(step.peak, sum(step.held.values()) + sum(decoding.values()))
         level = "ok" if taken < 0.7 * room else "warn" if taken < room else "fail"
         what = f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process{on_top}"
         yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
     if step:
         what = "these are counts: the allocator's fragments, workspaces and CUDA come on top"
         yield "ok", what, ""
+
+
+def other_weights(cfg: DictConfig, counts: dict[str, int], width: int) -> dict[str, float]:
+    """Bytes of the networks beside the denoisers, whose weights have `width` bytes."""
+    found: dict[str, float] = {
+        "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
+        "autoencoder": _starting(counts, "vae") * width,
+    }
+    if cfg.get("score_teacher"):
+        found["score teacher"] = score_teacher_bytes(cfg.score_teacher)
+    return found
 
 
 def step_memory(cfg: DictConfig) -> tuple[Any, str]:
@@ -335,11 +344,22 @@ def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
 
 def embedded(cfg: DictConfig) -> bool:
     """Whether the data hold embedded captions, so that no text encoder is read."""
+    from distill.data import stores
+    from distill.data.named import stored_shards
     from distill.data.write import NULL
 
     if cfg.data.get("_target_") != validate.LATENTS:
         return False
-    return (Path(expand(shipped(str(cfg.data.path)))[0]).parent / NULL).is_file()
+    path = shipped(str(cfg.data.path))
+    if stores.is_url(path):
+        folder = stored_shards(path)[0].url.rpartition("/")[0]
+        return stores.exists(f"{folder}/{NULL}")
+    return (Path(expand(path)[0]).parent / NULL).is_file()
+
+
+def _listed(sizes: Mapping[str, float], unit: str = "") -> str:
+    """Names and gigabytes of what takes any."""
+    return ", ".join(f"{name} {size / GB:.2f}{unit}" for name, size in sizes.items() if size)
 
 
 def _starting(counts: dict[str, int], prefix: str) -> int:

@@ -102,7 +102,19 @@ def filesystem(url: str) -> Any:
                 "retries": {"max_attempts": 1},
             }
         }
+    elif scheme in ("gs", "gcs"):
+        _quieten("gcsfs")
     return fsspec.filesystem(scheme, **options)
+
+
+def _quieten(name: str) -> None:
+    """Leave out what a library logs, if nobody has asked for it: `ask` says what failed.
+
+    gcsfs warns at every read without a login, as of a public bucket.
+    """
+    logger = logging.getLogger(name)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)
 
 
 def within(seconds: float, task: Callable[[], T]) -> T:
@@ -161,16 +173,25 @@ def _cause_of(error: BaseException) -> BaseException:
 
 def _refusal(error: BaseException) -> int | None:
     """The status by which a store refuses for good; None for other errors."""
-    response = getattr(error, "response", None)
-    given = getattr(error, "status", None) or getattr(response, "status_code", None)
-    given = given or getattr(error, "code", None)  # Google's
+    given = next((s for s in map(_status, (error, error.__cause__)) if s), None)
     status = int(given) if str(given).isdigit() and int(given) in REFUSED else None
     names = {cls.__name__ for cls in type(error).__mro__}
     if status is None and names & {"PermissionError", "NoCredentialsError", "GatedRepoError"}:
         return 403
+    if status is None and str(error).startswith("Forbidden: "):  # gcsfs's, which has no status
+        return 403
     if status is None and names & {"FileNotFoundError", "RepositoryNotFoundError"}:
         return 404
     return status
+
+
+def _status(error: BaseException | None) -> Any:
+    """What an error of a store has as the status of HTTP, if it has one."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's, which s3fs gives as the cause
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    given = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return given or getattr(error, "code", None)  # Google's
 
 
 def _advice(status: int) -> str:
@@ -264,6 +285,16 @@ def read(url: str, offset: int, size: int, waits: Iterable[float] | None = None)
         return b""
     data = ask(url, lambda fs: fs.cat_file(url, start=offset, end=offset + size), waits)
     return data if len(data) <= size else data[offset : offset + size]  # no ranges: all of it
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file at a URL. Raises Unreachable."""
+    try:
+        _info(url, FIRST_WAITS)
+    except Refused as error:  # many stores say 403 for what is not there
+        log.debug("%s", error)
+        return False
+    return True
 
 
 def whole(url: str, most: int, waits: Iterable[float] = FIRST_WAITS) -> bytes | None:

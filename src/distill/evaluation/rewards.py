@@ -151,7 +151,8 @@ class ImageReward(Describer):
         self.tokenizer.add_special_tokens(
             {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}
         )
-        vision, text = _vision_config(tensors, self.HEAD), _text_config(settings)
+        vision = _vision_config(tensors, self.HEAD, file)
+        text = _text_config(settings, self._file(self.CONFIG))
         self.side, text.encoder_hidden_size = vision.image_size, vision.hidden_size
         parts = {
             "vision": BlipVisionModel(vision),
@@ -185,10 +186,23 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _vision_config(tensors: Mapping[str, Tensor], head: int) -> Any:
-    """The sizes of the vision transformer, which stand in no file, by its tensors."""
+SIZED_BY = (  # the tensors that tell the sizes of the vision transformer, and their dimensions
+    ("vision.embeddings.patch_embedding.weight", 4),
+    ("vision.embeddings.position_embedding", 3),
+    ("vision.encoder.layers.0.mlp.fc1.weight", 2),
+)
+
+
+def _vision_config(tensors: Mapping[str, Tensor], head: int, file: Path) -> Any:
+    """The sizes of the vision transformer, which stand in no file, by its tensors.
+
+    Raises ValueError, naming the file, for one without them.
+    """
     from transformers import BlipVisionConfig
 
+    if lacks := [n for n, size in SIZED_BY if n not in tensors or tensors[n].dim() != size]:
+        what = f"is no checkpoint of ImageReward (it lacks {lacks[0]})"
+        raise ValueError(f"{file}: {what}; give the folder of its authors' file")
     patch = tensors["vision.embeddings.patch_embedding.weight"]
     positions = tensors["vision.embeddings.position_embedding"].shape[1] - 1
     width, side = patch.shape[0], patch.shape[-1]
@@ -205,10 +219,13 @@ def _vision_config(tensors: Mapping[str, Tensor], head: int) -> Any:
     )
 
 
-def _text_config(settings: Mapping[str, Any]) -> Any:
+def _text_config(settings: Mapping[str, Any], file: Path) -> Any:
     from transformers import BlipTextConfig
 
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act")
     keys += ("num_attention_heads", "max_position_embeddings", "layer_norm_eps", "pad_token_id")
+    if lacks := [key for key in keys if key not in settings]:
+        what = f"is no settings of ImageReward's BERT (it lacks {lacks[0]})"
+        raise ValueError(f"{file}: {what}; give the folder of its authors' file")
     # a decoder, for its cross-attention; it attends in both directions all the same
     return BlipTextConfig(**{key: settings[key] for key in keys}, is_decoder=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -22,6 +23,7 @@ from distill.teachers.sized import SizedTeacher
 from distill.terminal.shown import shown
 
 MARK = " \0 "  # stands for the caption; its spaces show whether the template strips them
+SWAPPED = threading.Lock()  # held while a tokenizer has the short template; threads wait
 LONGEST = 120.0  # ours: seconds in which a slow machine starts a Python and imports transformers
 
 
@@ -71,12 +73,13 @@ class ChatTeacher(SizedTeacher):
         before, after, stripped = self._around
         caption = f"{self.caption_at} | trim" if stripped else self.caption_at
         part = self._templated
-        theirs = part.chat_template
-        part.chat_template = f"{{{{ {before!a} }}}}{{{{ {caption} }}}}{{{{ {after!a} }}}}"
-        try:
-            return self._embedded(captions)
-        finally:
-            part.chat_template = theirs  # what a student's folder gets
+        with SWAPPED:
+            theirs = part.chat_template
+            part.chat_template = f"{{{{ {before!a} }}}}{{{{ {caption} }}}}{{{{ {after!a} }}}}"
+            try:
+                return self._embedded(captions)
+            finally:
+                part.chat_template = theirs  # what a student's folder gets
 
     def _longest_tokenizer(self) -> tuple[Any, int]:
         # The template's tokens before the caption. Those after it are cut first.

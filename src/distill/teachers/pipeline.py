@@ -24,7 +24,7 @@ from distill.core.transfers import send
 from distill.core.types import Cond
 from distill.machine.faults import quiet_logging
 from distill.teachers.families import Family
-from distill.teachers.held_weights import HeldWeights
+from distill.teachers.held_weights import HeldWeights, follow
 from distill.teachers.loading.autoencoder import Autoencoder, scale_of, tiled
 from distill.teachers.loading.locate import SINGLE
 from distill.teachers.loading.reading import (
@@ -110,7 +110,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         name = Path(path).name if Path(path).exists() else path
         with stage(f"loading {name} ({self.kind.__name__})"):
             if Path(path).suffix in SINGLE:
-                pipeline = read_single(self, path, config=config, **options)
+                pipeline = read_single(self, path, config=config, variant=variant, **options)
             else:
                 options |= {"revision": revision, "variant": variant, "deferred": deferred}
                 pipeline = read_pipeline(self, path, **options)
@@ -225,8 +225,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
                     self._prepare(part)
                 setattr(self.pipeline, name, part)
                 check_parts(str(self.folder), self.pipeline.components)
-            if (part := getattr(self.pipeline, name)) is not None:
-                part.to(self.device)
+            follow(getattr(self.pipeline, name), self.device)
 
     def release(self) -> None:
         """Remove the deferred parts that were loaded since."""

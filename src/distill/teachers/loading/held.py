@@ -37,6 +37,8 @@ LEFTOVERS = re.compile(
     r"(^|\.)model_ema\.|^first_stage_model\.loss\.|^denoiser\.(log_)?sigmas$|^global_step$"
     r"|^(alphas_cumprod(_prev)?|betas|sqrt_\w+|log_one_minus_\w+|posterior_\w+)$"
     r"|^(lvlb_weights|logvar)$"
+    # Unused in makers' files: Lumina's and Z-Image's last norm, Sana's empty caption and positions.
+    r"|^(model\.diffusion_model\.)?(norm_final\.weight|y_embedder\.y_embedding|pos_embed)$"
 )
 TEXT = re.compile(  # ends of names in text encoders; some include a tokenizer
     r"(weight|bias|in_proj_weight|in_proj_bias|positional_embedding|text_projection|logit_scale"
@@ -94,6 +96,14 @@ def check_held(held: Held, classes: Mapping[str, Any], without: Sequence[str], w
             left.append(name)
     if left:
         more = advice(left, "choose another teacher= or teacher.config=")
+        raise ValueError(f"{where} holds {first_few(left)}, which would not be used; {more}")
+
+
+def check_only_denoiser(held: Held, where: str) -> None:
+    """Raise ValueError, starting with `where`, for tensors of other parts than the denoiser."""
+    known = tuple(place for places in PLACES.values() for place in places)
+    if left := [name for name in held if name.startswith(known)]:
+        more = "give a file of the denoiser alone: the rest is read from teacher.config"
         raise ValueError(f"{where} holds {first_few(left)}, which would not be used; {more}")
 
 

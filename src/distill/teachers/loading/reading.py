@@ -59,9 +59,12 @@ def read_pipeline(
     use_safetensors: bool,
     without: Sequence[str] = (),
     deferred: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
     **version: str | None,
 ) -> Any:
     """The pipeline of `family` at `path`, a folder or hub id, without the parts `without`.
+
+    `given` has parts that were read from elsewhere.
 
     `version` is revision and variant on the hub. Networks whose names start with one of `deferred`
     are not loaded: the pipeline's attribute `deferred` maps them to functions that load them. Each
@@ -70,7 +73,7 @@ def read_pipeline(
     """
     precision = dtype_of(dtype)
     kind = family.kind
-    parts: dict[str, Any] = dict.fromkeys(without)
+    parts: dict[str, Any] = {**dict.fromkeys(without), **(given or {})}
     later: dict[str, Any] = {}
     files = {"use_safetensors": use_safetensors or None, "variant": version["variant"]}
     if not Path(path).exists():
@@ -83,6 +86,8 @@ def read_pipeline(
     for folder in lineage(Path(path)):
         check_folder(folder, f"teacher.path={path}")
     for name, network in classes.items():
+        if given and name in given:
+            continue
         home = home_of(Path(path), name)
         check_part(Path(home, name), f"teacher.path={path}")
         if network is NoneType:

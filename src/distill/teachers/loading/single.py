@@ -6,9 +6,9 @@ diffusers ignores what it does not know in the file; `check_held` does not.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from diffusers.loaders import FromSingleFileMixin
+from diffusers.loaders import FromOriginalModelMixin, FromSingleFileMixin
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,8 +17,11 @@ from distill.machine.faults import first_line, quiet_logging
 from distill.storage.loaded_weights import check_finite
 from distill.teachers.families import Family
 from distill.teachers.loading.held import (
+    DENOISER,
+    Held,
     check_counts,
     check_held,
+    check_only_denoiser,
     check_schedule,
     held_in,
     places_in,
@@ -30,9 +33,10 @@ from distill.teachers.loading.reading import (
     dtype_of,
     pipeline_classes,
     read_network,
+    read_pipeline,
 )
 from distill.teachers.loading.settings import check_settings
-from distill.teachers.loading.weights import local_file
+from distill.teachers.loading.weights import local_file, read_weights
 
 META = "meta tensor"  # part of the error for a missing tensor, which stays on the meta device
 CONFIG_FILES = ["*.json", "*.txt", "*.model"]  # a pipeline's files without its weights
@@ -47,6 +51,7 @@ def read_single(
     dtype: str,
     use_safetensors: bool,
     without: Sequence[str] = (),
+    variant: str | None = None,
 ) -> Any:
     """The pipeline of `family` in the file at `path`, without the parts `without`.
 
@@ -56,10 +61,11 @@ def read_single(
     """
     precision, file = dtype_of(dtype), local_file(path, "teacher.path")
     kind = family.kind
-    if not issubclass(kind, FromSingleFileMixin):
-        raise ValueError(
-            f"teacher.path={path}: diffusers reads no {kind.__name__} from one file; give a folder"
-        )
+    transformer = None if issubclass(kind, FromSingleFileMixin) else transformer_of(kind)
+    if not (transformer or issubclass(kind, FromSingleFileMixin)):
+        what = f"diffusers reads no {kind.__name__} from one file; give a folder"
+        more = "and weights of its denoiser, under diffusers' names, as teacher.weights="
+        raise ValueError(f"teacher.path={path}: {what}, {more}")
     if use_safetensors and file.suffix in PICKLED:
         advice = "use safetensors, or if you trust its maker add teacher.use_safetensors=false"
         raise ValueError(f"teacher.path={path} is pickled, which can run code when read; {advice}")
@@ -69,6 +75,11 @@ def read_single(
     try:
         held = held_in(file)
         check_held(held, classes, without, f"teacher.path={path}")
+        if transformer:
+            check_only_denoiser(held, f"teacher.path={path}")
+            options = {"use_safetensors": use_safetensors, "without": without, "variant": variant}
+            pipeline = _around(family, transformer, file, str(config), dtype=dtype, **options)
+            return _checked(pipeline, file, held, path, config)
         for name in _left_out(held, classes):
             there = _config(config, path, [f"{name}/*.json", f"{name}/*.safetensors"])
             key = f"teacher.path={path} has no {name}, and teacher.config"
@@ -79,14 +90,7 @@ def read_single(
             }
             parts[name] = read_network(classes[name], there, name, key=key, **options)
         pipeline = kind.from_single_file(str(file), config=folder, torch_dtype=precision, **parts)
-        check_schedule(file, held, pipeline.scheduler, f"teacher.path={path}", config)
-        check_counts(held, pipeline, f"teacher.path={path}", config)
-        _tie(pipeline)
-        for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module):
-                check_finite(part, f"teacher.path={path}: its {name}")
-        pipeline.deferred = {}
-        return pipeline
+        return _checked(pipeline, file, held, path, config)
     except Exception as error:  # missing tensors, or other shapes, may raise anything
         if str(error).startswith("teacher."):
             raise
@@ -95,6 +99,52 @@ def read_single(
         raise ValueError(
             f"teacher.path={path} {what}; choose another teacher= or teacher.config="
         ) from None
+
+
+def transformer_of(kind: type) -> Any:
+    """The class of a pipeline's transformer, if diffusers reads it from a file of its makers."""
+    hint = get_type_hints(kind.__init__).get("transformer")
+    classes = [x for x in (get_args(hint) or (hint,)) if isinstance(x, type)]
+    return next((x for x in classes if issubclass(x, FromOriginalModelMixin)), None)
+
+
+def _around(
+    family: Family,
+    transformer: Any,
+    file: Path,
+    config: str,
+    *,
+    dtype: str,
+    variant: str | None,
+    **options: Any,
+) -> Any:
+    """The pipeline of `config` with the transformer of the file, as users of diffusers make it."""
+    folder = config
+    if not Path(config).is_dir():
+        others = {"transformer": None, "variant": variant}
+        folder = download("teacher.config", config, family.kind.download, **others)
+        _config(config, str(file), ["transformer/config.json"])
+    state, _ = read_weights(file)
+    state = {name.removeprefix(DENOISER): tensor for name, tensor in state.items()}
+    model = transformer.from_single_file(
+        state, config=folder, subfolder="transformer", torch_dtype=dtype_of(dtype)
+    )
+    given = {"transformer": model.eval()}
+    pipeline = read_pipeline(family, folder, dtype=dtype, given=given, variant=variant, **options)
+    pipeline.register_to_config(_name_or_path=None)  # no folder has these weights
+    return pipeline
+
+
+def _checked(pipeline: Any, file: Path, held: Held, path: str, config: str | None) -> Any:
+    """The pipeline, if it has all that the file has. Raises ValueError."""
+    check_schedule(file, held, pipeline.scheduler, f"teacher.path={path}", config)
+    check_counts(held, pipeline, f"teacher.path={path}", config)
+    _tie(pipeline)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(part, f"teacher.path={path}: its {name}")
+    pipeline.deferred = {}
+    return pipeline
 
 
 def _tie(pipeline: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill.core import distances
 from distill.worlds.shapes.edits import TASKS, Edit, redrawn, sample_edit
-from distill.worlds.shapes.judge import SEEDS, Judge, as_saved
+from distill.worlds.shapes.judge import SEEDS, Judge, Renders, as_saved
 from distill.worlds.shapes.reader import targets
 from distill.worlds.shapes.render import coverage, render
 from distill.worlds.shapes.world import SIDE, Scene
@@ -113,8 +113,14 @@ class EditJudge:
             of_task = torch.tensor([edit.task == task for edit in edits])
             scores[f"followed_{task}"] = _mean(outcomes["followed"][of_task])
         features, _ = self.judge.read(pixels)
-        real, _ = self.judge.read(rendered([edit.target for edit in edits]))
+        real = self._targets(edits).features
         return scores | {"frechet": distances.frechet(features, real)}, outcomes
+
+    def _targets(self, edits: Sequence[Edit]) -> Renders:
+        """The true targets; every row of an evaluation asks for the same."""
+        return self.judge.renders(
+            ("targets", *edits), lambda: rendered([edit.target for edit in edits])
+        )
 
     def outcomes(self, pixels: Tensor, edits: Sequence[Edit]) -> dict[str, Tensor]:
         """The outcome of each picture [N], for all scores that are means over pictures."""
@@ -140,9 +146,7 @@ class EditJudge:
         return in_words | self._in_pixels(pixels, edits)
 
     def _in_pixels(self, pixels: Tensor, edits: Sequence[Edit]) -> dict[str, Tensor]:
-        source, target = (
-            rendered([getattr(edit, side) for edit in edits]) for side in ("source", "target")
-        )
+        source, target = rendered([edit.source for edit in edits]), self._targets(edits).pixels
         made = (as_saved(pixels) - source).abs().mean(1) / 2  # [N, 64, 64] in [0, 1]
         true = (target - source).abs().mean(1) / 2
         keep = torch.from_numpy(np.stack([unchanged(edit) for edit in edits]))

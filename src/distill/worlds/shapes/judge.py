@@ -7,6 +7,7 @@ pictures and not prompts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -100,9 +101,16 @@ class Judge:
 
         Those of the last call are kept: every row of an evaluation asks for the same.
         """
-        asked = (seed, size, *prompts)
+        return self.renders(
+            (seed, size, *prompts), lambda: fresh_renders(prompts, seed=seed, size=size)
+        )
+
+    def renders(self, asked: tuple[Any, ...], render: Callable[[], Tensor]) -> Renders:
+        """What `render` gives, [N, 3, H, W] in [-1, 1], as the reader reads it; kept until another
+        is asked for.
+        """
         if self._reference is None or self._reference[0] != asked:
-            pixels = fresh_renders(prompts, seed=seed, size=size)
+            pixels = render()
             self._reference = (asked, Renders(pixels, *self.read(pixels)))
         return self._reference[1]
 
