@@ -362,7 +362,7 @@ def state(method, running):
 
 
 def assert_same_state(a, b):
-    for name in ("student", "heads", "ema"):
+    for name in ("student", "heads", "fake_score", "ema"):
         assert tiny.same(a[name], b[name]), name
     for one, other in zip(a["optimizers"], b["optimizers"], strict=True):
         assert len(one) > 0

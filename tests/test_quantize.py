@@ -8,6 +8,7 @@ import copy
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -193,11 +194,30 @@ def test_a_teacher_in_bfloat16_takes_half(fresh, one_kind):
 # -- training --------------------------------------------------------------------------------------
 
 
-def trained(method, folder, shards, steps, *, start=0, checkpoint=None, precision="32-true"):
-    running = tiny.trainer(folder, steps, precision=precision)
+def trained(
+    method, folder, shards, steps, *callbacks, start=0, checkpoint=None, precision="32-true"
+):
+    running = tiny.trainer(folder, steps, *callbacks, precision=precision)
     loader = source.latents(str(shards), batch_size=2).loader(seed=0, start=start)
     running.fit(method, loader, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     return running
+
+
+class Quantised(L.Callback):
+    """Which networks have quantised layers in a step. A LoRA student's base is the teacher."""
+
+    def __init__(self):
+        self.parts = set()
+
+    def on_train_batch_end(self, trainer, method, *_):
+        networks = {"teacher": method.teacher.network, **method.opponents}
+        if method.student.model is not method.teacher.network.model:
+            networks["student"] = method.student
+        self.parts |= {name for name, network in networks.items() if has_quantised(network)}
+
+
+def has_quantised(network):
+    return any(isinstance(m, quantized_weights.QuantizedLayer) for m in network.modules())
 
 
 slow = pytest.mark.slow
@@ -208,30 +228,35 @@ slow = pytest.mark.slow
     [pytest.param(None, id="full", marks=slow), pytest.param({"rank": 4}, id="lora")],
 )
 @pytest.mark.parametrize(
-    ("name", "precision"),
+    ("name", "bits", "precision"),
     [
-        ("ladd", "32-true"),
-        pytest.param("ladd", "bf16-mixed", marks=slow),
-        pytest.param("add", "32-true", marks=slow),
-        pytest.param("dmd2", "32-true", marks=slow),
+        ("ladd", "int8", "32-true"),
+        pytest.param("ladd", "int8", "bf16-mixed", marks=slow),
+        *(
+            pytest.param(name, bits, "32-true", marks=slow)
+            for name in ("add", "nitrofusion", "dmd2")
+            for bits in ("int8", "nf4")
+        ),
     ],
 )
 def test_training_is_that_with_dequantised_weights(
-    name, precision, adapted, fresh, tmp_path, shards
+    name, bits, precision, adapted, fresh, tmp_path, shards
 ):
-    """Heads on the teacher's features, and its score distillation, see the quantised weights; a
-    full student starts with the teacher's own.
+    """Heads on the teacher's features, and its scores, see the quantised weights. A full student
+    and a fake score start with the teacher's own, and are not quantised themselves.
     """
     how = {"lora": adapted} if adapted else {}
     options = {"options": {"distill_weight": 1.0}} if name == "ladd" else {}
     found = []
     for quantise in (True, False):
-        teacher = fresh(quantize="int8" if quantise else None)
+        teacher = fresh(quantize=bits if quantise else None)
         own = tiny.weights(teacher.network.model)
         method = tiny.METHODS[name](teacher, **how, **options)
         if not quantise:
-            rounded(teacher, "int8")
-        running = trained(method, tmp_path, shards, 2, precision=precision)
+            rounded(teacher, bits)
+        log = Quantised()
+        running = trained(method, tmp_path, shards, 2, log, precision=precision)
+        assert log.parts == ({"teacher"} if quantise else set())
         found.append(state(method, running))
         if quantise:
             after = tiny.weights(teacher.network.model)
@@ -240,9 +265,22 @@ def test_training_is_that_with_dequantised_weights(
     assert_same_state(*found)
 
 
-def test_a_run_with_a_quantised_teacher_goes_on_bit_for_bit(fresh, family, tmp_path, shards):
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("ladd", "nf4"),
+        *(
+            pytest.param(name, bits, marks=slow)
+            for name in ("add", "nitrofusion", "dmd2")
+            for bits in ("int8", "nf4")
+        ),
+    ],
+)
+def test_a_run_with_a_quantised_teacher_goes_on_bit_for_bit(
+    name, bits, fresh, family, tmp_path, shards
+):
     def method():
-        return tiny.ladd(fresh(quantize="nf4"), lora={"rank": 4})
+        return tiny.METHODS[name](fresh(quantize=bits), lora={"rank": 4})
 
     whole = method()
     expected = state(whole, trained(whole, tmp_path, shards, 3))
@@ -321,3 +359,28 @@ def test_the_commands_of_the_page_run(words, command, tmp_path):
     for name in adapted:  # two steps move a weight by far less than the rounding of nf4
         change = (found[name] - own[name].float()).norm() / own[name].float().norm()
         assert float(change) < 0.02
+
+
+def changed(folder: Path, own: Path) -> dict[str, torch.Tensor]:
+    """Weights of a student that differ from those of the teacher, by how much."""
+    (file,), (before,) = folder.glob("*.safetensors"), own.glob("*.safetensors")
+    found, base = load_file(file), load_file(before)
+    assert found.keys() == base.keys()
+    apart = {name: x.float() - base[name].float() for name, x in found.items()}
+    return {name: x for name, x in apart.items() if x.any()}
+
+
+RATE = 1e-5  # of the student: far less than what rounding to 4 bits would change
+
+
+@pytest.mark.slow
+def test_a_run_exports_unquantised_weights(command, tmp_path):
+    """A student's weights are the teacher's own, moved by no more than Adam's largest steps."""
+    words = ["method=add", "teacher=shapes_unet", "teacher.quantize=nf4", "debug=smoke"]
+    words += [f"optimizer.student.lr={RATE}", "data.batch_size=2", "run_dir=runs/small"]
+    code, _, err = command("run", *words, "~metrics", "callbacks.samples=null")
+    assert code == 0, err
+    own = Path(shipped("shapes:unet")) / "unet"
+    found = changed(tmp_path / "runs" / "small" / "student" / "unet", own)
+    assert found
+    assert all(float(x.abs().max()) < 5 * RATE for x in found.values())
