@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
@@ -28,8 +29,8 @@ EVERY_STEP = (
 # Adam divides the smallest gradients by themselves, and with them what a processor has rounded: not
 # with these. The student goes far enough to tell runs apart.
 ROUNDED = (
-    *("+optimizer.student.eps=1e-4", "optimizer.student.lr=1e-4"),
-    "+optimizer.discriminator.eps=1e-2",
+    *("++optimizer.student.eps=1e-4", "optimizer.student.lr=1e-4"),
+    "++optimizer.discriminator.eps=1e-2",
 )
 
 
@@ -51,21 +52,22 @@ def apart(one: End, other: End) -> float:
     return float((a - b).norm() / (b - began).norm())
 
 
-def words_of(family: str, folder: Path, *more: str) -> list[str]:
-    """A short run of LADD by this family's teacher, on renders, which need no data."""
-    data = ["data=renders", "data.batch_size=2", "method.distill_weight=2.5"]
+def words_of(family: str, folder: Path, *more: str, method: str = "ladd") -> list[str]:
+    """A short run by this family's teacher, on renders, which need no data."""
+    data = ["data=renders", "data.batch_size=2"]
+    data += ["method.distill_weight=2.5"] if method == "ladd" else []
     reads = families.OTHERS[family].reads if family in families.OTHERS else None
     if reads:
         of_sources = "data.reader._target_=distill.worlds.shapes.scenes.Edits"
         data.append({"masks": "data.masks=true", "sources": of_sources}[reads])
         data.append("method.distill.guidance=2")
     quiet = ["metrics=null", "logger=none", "callbacks.samples=null", "callbacks.progress=null"]
-    run = ["method=ladd", "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}"]
+    run = [f"method={method}", "trainer.accelerator=cpu", f"trainer.max_steps={STEPS}"]
     run += ["trainer.precision=32-true", "loop.warmup_steps=0"]
     return [*run, *families.words_of(family, folder), *data, *quiet, *more]
 
 
-def train(words: list[str], folder: Path, *, goes_on: bool = False) -> End:
+def train(words: list[str], folder: Path, *callbacks: L.Callback, goes_on: bool = False) -> End:
     """Train as these words ask for; with `goes_on` from the newest checkpoint in the folder."""
     folder.mkdir(exist_ok=True)
     settings = distill.compose(*words)
@@ -76,6 +78,7 @@ def train(words: list[str], folder: Path, *, goes_on: bool = False) -> End:
     checkpoint = newest_checkpoint(folder) if goes_on else None
     state = read_checkpoint(checkpoint) if checkpoint else None
     trainer = build.trainer(settings, folder, {}, state)
+    trainer.callbacks[:0] = callbacks
     done = state["distill"]["iteration"] * settings.loop.accumulate if state else 0
     world = compose.processes(settings)
     loader = source.loader(seed=settings.seed, rank=compose.rank(), world=world, start=done)
@@ -94,16 +97,30 @@ def resumed(words: list[str], folder: Path) -> tuple[End, End]:
     return whole, train(words, folder, goes_on=True)
 
 
+def compiled(wanted: bool) -> list[L.Callback]:
+    if not wanted:
+        return []
+    from test_speed import Compiled
+
+    return [Compiled()]
+
+
 def main(asked: dict[str, Any]) -> None:
     """One process, of several perhaps: does each job, a list of words by its name, and writes its
-    end.
+    end. With `resumed` the last step of each is lost, and taken again by processes of the same
+    group; with `compiled` its blocks are compiled.
     """
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     folder, rank = Path(asked["folder"]), os.environ["RANK"]
     for name, words in asked["jobs"].items():
+        how: dict[str, Any] = {}
         try:
-            torch.save(vars(train(words, folder / name)), folder / f"{name}_{rank}.pt")
+            if asked["resumed"]:
+                train([*words, *EVERY_STEP, f"trainer.max_steps={STEPS - 1}"], folder / name)
+                how = {"goes_on": True}
+            end = train(words, folder / name, *compiled(asked["compiled"]), **how)
+            torch.save(vars(end), folder / f"{name}_{rank}.pt")
         except Exception:  # the test of this job shows it
             said = traceback.format_exc()
             (folder / f"{name}_{rank}.txt").write_text(said, encoding="utf-8")

@@ -35,19 +35,23 @@ def _no_graphs_of_others():
 
 
 class Compiled(L.Callback):
-    """As `Speed`, by another backend; counts the graphs."""
+    """As `Speed`, by another backend; counts the graphs, in all and up to each step."""
 
-    def __init__(self) -> None:
-        self.blocks, self.graphs = CompiledBlocks(), 0
+    def __init__(self, backend: str = EAGER) -> None:
+        self.blocks, self.backend, self.graphs = CompiledBlocks(), backend, 0
+        self.after: list[int] = []
 
     def on_fit_start(self, trainer: L.Trainer, method: Distillation) -> None:
         from torch._dynamo.backends.registry import lookup_backend
 
         def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
             self.graphs += 1
-            return lookup_backend(EAGER)(graph, inputs)
+            return lookup_backend(self.backend)(graph, inputs)
 
         self.blocks.add(blocks_of(method), counting)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.after.append(self.graphs)
 
     def teardown(self, *_: object, **__: object) -> None:
         self.blocks.undo()
@@ -99,16 +103,9 @@ def test_compiled_blocks_train_as_the_others(family, make, options, pipelines, s
 
 def test_graphs_do_not_grow_with_the_steps(pipelines, shards, tmp_path):
     """The hooks of the taps are new in every pass, and must not be compiled again."""
-    log = Compiled()
-    counts: list[int] = []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, *_: object) -> None:
-            counts.append(log.graphs)
-
-    method = tiny.ladd(families.teacher_at(pipelines("mmdit")))
-    trained(method, tmp_path, shards, log, Count(), steps=4)
-    assert counts[1] == counts[-1]
+    method, log = tiny.ladd(families.teacher_at(pipelines("mmdit"))), Compiled()
+    trained(method, tmp_path, shards, log, steps=4)
+    assert log.after[1] == log.after[-1]
 
 
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
