@@ -209,7 +209,7 @@ class Table:
     def say(self, line: str) -> None:
         print(line, flush=True)
         if self.file:
-            with self.file.open("a") as opened:
+            with self.file.open("a", encoding="utf-8") as opened:
                 opened.write(line + "\n")
 
     def row(self, cells: list[str]) -> None:
