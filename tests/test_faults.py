@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -423,3 +424,14 @@ def test_the_table_of_a_run_is_never_lost_in_silence(disk):
     assert faults.sentence(caught.value, caught.value).startswith(f"{disk}/metrics.csv: No space")
     rows = (disk / "metrics.csv").read_bytes()
     assert rows.endswith(b"\n")
+
+
+def test_records_are_heard_again_when_the_last_of_two_threads_is_done():
+    before = logging.root.manager.disable
+    first, second = faults.quiet_logging(), faults.quiet_logging()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logging.root.manager.disable == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logging.root.manager.disable == before

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,12 +145,37 @@ def first_line(error: BaseException, most: int = 200) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
+class _Quiet:
+    """Who suppresses log records now, in any thread, and what was suppressed before."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, 0
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._before = logging.root.manager.disable
+                logging.disable(logging.ERROR)
+            self._count += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                logging.disable(self._before)
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Suppress log records below CRITICAL inside: the caller reports errors in one sentence."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    """Suppress log records below CRITICAL inside: the caller reports errors in one sentence.
+
+    Records are heard again when the last thread has left.
+    """
+    _quiet.enter()
     try:
         yield
     finally:
-        logging.disable(before)
+        _quiet.leave()
