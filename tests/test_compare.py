@@ -318,8 +318,9 @@ def test_the_command_writes_a_page_that_needs_nothing_else(written, command, tmp
     (tmp_path / "runs" / "unjudged").mkdir()
     (tmp_path / "runs" / "unjudged" / "run.json").write_text("{}", encoding="utf-8")
     out = tmp_path / "out"
-    code, printed, err = command("compare", f"runs={tmp_path}/runs/*", f"out={out}")
+    code, printed, err = command("compare", f"runs=[{tmp_path}/runs/*,gone]", f"out={out}")
     assert code == 0, err
+    assert "left out, no runs there: gone\n" in printed
     assert "left out, not evaluated yet" in printed
     assert "unjudged" in printed
     html = (out / "compare.html").read_text(encoding="utf-8")

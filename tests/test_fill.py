@@ -157,7 +157,7 @@ def test_commands_of_whole_pictures_refuse_what_fills_masks(exported, command, t
         in err
     )
     with pytest.raises(ValueError, match="teacher=.*fills masked parts"):
-        picture_keys.refuse_fills(str(folder), "the demonstration", "teacher")
+        picture_keys.refuse_readers(str(folder), "the demonstration", "teacher")
 
 
 def test_the_card_calls_the_pipeline_with_a_mask(exported, tmp_path):

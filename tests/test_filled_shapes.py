@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from distill.core.types import FILL, Cond
-from distill.evaluation.shapes import masked
+from distill.evaluation.shapes import Shapes, masked
 from distill.evaluation.shapes_edit import EditedShapes
 from distill.evaluation.shapes_fill import Blended, FilledShapes, fill_scores, pasted_back
+from distill.worlds.shapes.edit_judge import judging_edits
 from distill.worlds.shapes.judge import Judge, judging_prompts
 
 
@@ -95,6 +96,8 @@ def test_a_blended_sample_is_the_picture_outside_the_mask():
         (FilledShapes(blend=True), "mask", "metrics.blend=true: an ordinary model"),
         (EditedShapes(), None, "metrics=shapes_edit: this teacher does not edit"),
         (EditedShapes(), "mask", "metrics=shapes_edit: this teacher does not edit"),
+        (Shapes(), "mask", "metrics=shapes: .* fills masked .*; use metrics=shapes_fill"),
+        (Shapes(), "source", "metrics=shapes: .* edits pictures; use metrics=shapes_edit"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(protocol, image, says):
@@ -174,3 +177,12 @@ def test_the_shipped_model_edits(tmp_path):
     (row,) = evaluated(protocol, "shapes:unet_edit", tmp_path)["rows"]
     assert row["followed"] > 0.3
     assert row["kept_error"] < 0.06
+
+
+def test_a_row_of_edits_says_how_many_pictures_it_draws():
+    """Few prompts have few instructions that add an object, of which several answers are drawn."""
+    assert Shapes(prompts=8).count() == 8 + 8 * 8
+    assert EditedShapes(prompts=400).count() == 400 + 8 * 8
+    edits = judging_edits(8, seed=0)
+    assert EditedShapes(prompts=8).count() == 8 + 8 * sum(edit.task == "add" for edit in edits)
+    assert 0 < sum(edit.task == "add" for edit in edits) < 8

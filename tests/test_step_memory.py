@@ -65,6 +65,14 @@ def test_options_that_save_memory_lower_the_count(pipelines):
     assert plain.peak == plain.within + sum(plain.held.values())
 
 
+def test_a_score_teacher_is_counted(command, pipelines):
+    words = ["method=add", f"teacher.path={pipelines('mmdit')}", "score_teacher=shapes_unet"]
+    code, out, err = command("doctor", *words, "method.distill_space=pixels")
+    assert (code, err) == (0, "")
+    assert "activations are not counted" not in out
+    assert re.search(r"held between steps, in GB: .*score teacher [\d.]+", out)
+
+
 def test_a_mask_of_captions_takes_all_of_them(family_folders):
     """Z-Image's pipeline drops the padding, of which meta tensors say nothing."""
     words = families.words_of("zimage", family_folders("zimage"))

@@ -46,6 +46,7 @@ def main(cfg: DictConfig) -> None:
     from distill.report.runs import as_csv, grouped, lines_of
 
     files, out = _voted(cfg.votes), Path(cfg.out)
+    _check_steps(cfg.votes, cfg.votes_steps)
     asked = cfg.votes is True
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: is no number from 0; give one")
@@ -78,9 +79,27 @@ def _voted(votes: Any) -> list[Path]:
     if votes is None or isinstance(votes, bool):
         return []
     listed = [votes] if isinstance(votes, str) else votes
-    if not isinstance(listed, Sequence) or not all(isinstance(file, str) for file in listed):
+    texts = isinstance(listed, Sequence) and all(isinstance(file, str) for file in listed)
+    if not texts or not listed or "" in listed:
         raise ValueError(f"votes={votes}: is no file; give true, a votes.json, or a list of these")
-    return [Path(file).expanduser() for file in listed]
+    files = [Path(file).expanduser() for file in listed]
+    known: dict[Path, Path] = {}
+    for file in files:
+        if (first := known.setdefault(file.resolve(), file)) is not file:
+            what = f"is given twice, also as {shown(first)}, and a file is the votes of one person"
+            raise ValueError(f"votes={file}: {what}; name it once")
+    return files
+
+
+def _check_steps(votes: Any, steps: Any) -> None:
+    """Raise ValueError for a number of steps that is none, or without votes."""
+    if steps is None:
+        return
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"votes_steps={steps}: must be a whole number, 1 or more")
+    if not votes:
+        what = "has no effect without votes; add votes=true, or leave it out"
+        raise ValueError(f"votes_steps={steps}: {what}")
 
 
 def _runs(asked: Any) -> list[Any]:
@@ -88,9 +107,12 @@ def _runs(asked: Any) -> list[Any]:
     from distill.report.runs import read_comparable, read_run
 
     patterns = [asked] if isinstance(asked, str) else list(asked)
-    places = (os.path.expanduser(str(pattern)) for pattern in patterns)
-    found = [Path(path) for place in places for path in sorted(glob.glob(place))]
-    folders = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
+    folders, without = [], []
+    for pattern in patterns:
+        found = [Path(path) for path in sorted(glob.glob(os.path.expanduser(str(pattern))))]
+        inside = [f.parent for path in found for f in sorted(path.glob("**/run.json"))]
+        folders += inside
+        without += [] if inside else [pattern]
     evaluated, damaged = [], {}
     for folder in dict.fromkeys(folders):
         try:
@@ -114,6 +136,8 @@ def _runs(asked: Any) -> list[Any]:
             print(f"left out, damaged: {damaged[folder]}")
         else:
             print(f"left out, not evaluated yet: {shown(folder)}")
+    for pattern in without:
+        print(f"left out, no runs there: {shown(pattern)}")
     return runs
 
 

@@ -10,6 +10,7 @@ It needs gradio, which `make demo` installs.
 from __future__ import annotations
 
 import importlib.util
+import math
 import socket
 import threading
 from typing import Any
@@ -70,10 +71,11 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"{what}; use `make demo`, or pip install gradio")
     check_counts(cfg, COUNTS)
     validate.check_model(cfg.run)
-    picture_keys.refuse_fills(cfg.run, "the demonstration")
+    picture_keys.refuse_readers(cfg.run, "the demonstration")
     refuse_videos(cfg.run, "the demonstration")
     if cfg.teacher is not None:
         validate.check_model(cfg.teacher, "teacher")
+        picture_keys.refuse_readers(cfg.teacher, "the demonstration", "teacher")
     else:
         config_of(cfg.run, "teacher")
     steps = cfg.steps if isinstance(cfg.steps, ListConfig) else [cfg.steps]
@@ -81,7 +83,7 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")
     if not isinstance(cfg.strength, (int, float)) or not 0 < cfg.strength <= 1:
         raise ValueError(f"strength={cfg.strength}: must be above 0 and at most 1")
-    if not isinstance(cfg.guidance, (int, float)) or cfg.guidance < 1:
+    if not isinstance(cfg.guidance, (int, float)) or not 1 <= cfg.guidance < math.inf:
         raise ValueError(f"guidance={cfg.guidance}: must be 1 (none) or more")
     if not isinstance(cfg.open, bool):
         raise ValueError(f"open={cfg.open}: must be true or false")

@@ -122,7 +122,7 @@ def check(cfg: DictConfig) -> None:
         validate.check_model(cfg.run)
         refuse_videos(cfg.run, "this evaluation")
         if "measures" in cfg.metrics:
-            picture_keys.refuse_fills(cfg.run, "this evaluation")
+            picture_keys.refuse_readers(cfg.run, "this evaluation")
         read_unchecked(cfg.run, "discriminator.features")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)

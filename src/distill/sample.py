@@ -134,6 +134,7 @@ def check(cfg: DictConfig) -> list[str]:
         editing.check_edit(cfg, edits, family.in_context)
     if cfg.mask is not None:
         picture_keys.check_mask(cfg.image, cfg.mask)
+    picture_keys.check_has_start(cfg.image, cfg.strength, edits)
     if cfg.strength is None:
         cfg.strength = 0.5 if cfg.mask is None else 1.0
     if cfg.image is not None and not edits:

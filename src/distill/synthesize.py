@@ -23,6 +23,7 @@ from distill.data.by_share import batches_of, size_of
 from distill.data.lines import Lines
 from distill.machine.faults import RERUN
 from distill.machine.hardware import check_precision
+from distill.teachers import families
 from distill.terminal.progress import importing
 
 
@@ -95,6 +96,10 @@ def check(cfg: DictConfig) -> None:
     if buckets and cfg.size is not None:
         raise ValueError(f"size={cfg.size}: the sizes are those of buckets; leave it out")
     check_precision(cfg.precision)
+    facts = families.family(str(cfg.teacher._target_))
+    if facts is not None and facts.image:
+        what = f"a {facts.kind_name()} reads pictures beside the caption, and prompts have none"
+        raise ValueError(f"teacher: {what}; choose a text-to-image model")
     Lines(cfg.prompts, "prompts", cfg.column)
     begun_job.check_shard_job(cfg)
 

@@ -192,12 +192,14 @@ def student_of(cfg: DictConfig, teacher: Any) -> Any:
     return student
 
 
-def players_of(cfg: DictConfig, teacher: Any, student: Any, **own: Any) -> Players:
-    """Teacher, student and discriminator. Parts in `own` replace those of the configuration: see
-    `_discriminator`.
+def players_of(
+    cfg: DictConfig, teacher: Any, student: Any, score_teacher: Any = None, **own: Any
+) -> Players:
+    """Teacher, student and discriminator. `score_teacher`, and the parts in `own`, replace those of
+    the configuration: see `_discriminator`.
     """
     discriminator = _discriminator(cfg.discriminator, teacher, **own)
-    other = score_teacher_of(cfg)
+    other = score_teacher if score_teacher is not None else score_teacher_of(cfg)
     return Players(teacher=teacher, student=student, score_teacher=other, **discriminator)
 
 

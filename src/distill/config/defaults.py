@@ -108,6 +108,8 @@ def use_renders(cfg: DictConfig) -> None:
     facts = family(str(cfg.teacher._target_))
     if facts and facts.image == "source":
         node.reader._target_ = EDITS
+    if facts and facts.image == "mask" and not _typed_overrides("data.masks="):
+        node.masks = True
     node.batch_size = cfg.data.batch_size
     node.seeded = True  # methods that need pairs of noise and sample accept it
     node.pairs = bool(source_code.attribute(str(cfg.method._target_), "of_pairs"))

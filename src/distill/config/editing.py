@@ -1,9 +1,10 @@
-"""Edit pairs are for models that edit. Nothing here imports torch."""
+"""Edit pairs are for models that edit, masks for those that fill. Nothing here imports torch."""
 
 from omegaconf import DictConfig, OmegaConf
 
 from distill.teachers.families import Family, family
 
+OWN_SOURCES = "distill.data.source."
 EDIT_PAIRS = "distill.data.source.pairs"
 UNGUIDED = "a {} is not guided by its source picture"
 WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
@@ -20,6 +21,19 @@ def check_pairs_fit(data: DictConfig, family: Family | None) -> None:
     if edits and target in WITHOUT_SOURCES:
         what = f"a {family.kind_name()} edits pictures, and these data have no source pictures"
         raise ValueError(f"data: {what}; give edit pairs by data=pairs")
+
+
+def check_masks_fit(data: DictConfig, family: Family | None) -> None:
+    """Check that a model that fills masks has pictures with masks, and no other model has masks."""
+    target, masks = str(data.get("_target_")), data.get("masks")
+    if family is None or not target.startswith(OWN_SOURCES):
+        return
+    if family.image == "mask" and not masks:
+        what = "fills masked parts of pictures, and these data have no masks"
+        raise ValueError(f"data: a {family.kind_name()} {what}; use data=images data.masks=true")
+    if family.image != "mask" and masks:
+        what = f"are for an inpainting model, and a {family.kind_name()} is none"
+        raise ValueError(f"data.masks={masks}: {what}; make it false")
 
 
 def check_guidance_by_source(cfg: DictConfig) -> None:

@@ -10,6 +10,11 @@ from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
 
+READERS = {  # what a model that reads pictures does, and the keys of `sample` for them
+    "mask": ("fills masked parts of pictures", "image= and mask="),
+    "source": ("edits pictures", "image="),
+}
+
 
 def family_of_run(run: str) -> families.Family | None:
     """The facts of the pipeline's family; None for a pipeline on the hub."""
@@ -18,6 +23,16 @@ def family_of_run(run: str) -> families.Family | None:
         return None
     kind = locate.index_of(str(index.parent), "run").get("_class_name")
     return families.family_of_kind(str(kind))
+
+
+def check_has_start(image: str | None, strength: float | None, edits: bool) -> None:
+    """Check that a strength is given only with an image that the sample starts at."""
+    if strength is not None and image is None:
+        what = "has no effect without a start image; add image=, or leave it out"
+        raise ValueError(f"strength={strength}: {what}")
+    if strength is not None and edits:
+        what = "a model that edits starts at pure noise beside its picture"
+        raise ValueError(f"strength={strength}: {what}; leave it out")
 
 
 def check_strength(run: str, steps: int, strength: float) -> None:
@@ -40,12 +55,15 @@ def check_fills(family: families.Family, run: str, mask: str | None) -> None:
         raise ValueError(f"mask={mask}: {what}; leave mask out, or give an inpainting model")
 
 
-def refuse_fills(run: str, command: str, key: str = "run") -> None:
-    """Raise ValueError for a model that fills masks, where a command makes whole pictures."""
+def refuse_readers(run: str, command: str, key: str = "run") -> None:
+    """Raise ValueError for a model that fills masks or edits, where a command makes whole pictures
+    from captions.
+    """
     family = family_of_run(run)
-    if family is not None and family.image == "mask":
-        what = f"fills masked parts of pictures, and {command} makes whole ones"
-        raise ValueError(f"{key}={run}: {what}; use the sample command with image= and mask=")
+    if family is not None and family.image in READERS:
+        does, keys = READERS[family.image]
+        what = f"{does}, and {command} makes whole ones"
+        raise ValueError(f"{key}={run}: {what}; use the sample command with {keys}")
 
 
 def check_mask(image: str | None, mask: str) -> None:

@@ -104,9 +104,11 @@ def _beside(method: Any, before: int, freed: int, half: bool) -> int:
 
 def _method(cfg: DictConfig, teacher: Any) -> Any:
     """The method on meta tensors, with its loop."""
+    # Outside of the device: its noise schedule has values, which are read.
+    other = build.score_teacher_of(cfg)
     with torch.device("meta"):
         student = build.student_of(cfg, teacher)
-        players = build.players_of(cfg, teacher, student)
+        players = build.players_of(cfg, teacher, student, other)
         method = make(cfg.method, "method")(players, loop=build.loop_of(cfg))
     method._device = META
     return method
@@ -188,6 +190,7 @@ def _parts(method: Any, players: "_Players", batch: dict[str, Any]) -> dict[str,
         "frozen denoiser": _tensors([method.teacher.network.model]),
         "text encoders": _tensors(texts),
         "autoencoder": _tensors([encoders["vae"]] if "vae" in encoders else []),
+        "score teacher": _tensors([method.score_teacher] if method.score_teacher else []),
         "other frozen networks": _tensors(_frozen(method)),
         "batch": [x for x in batch.values() if isinstance(x, Tensor)],
     }

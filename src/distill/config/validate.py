@@ -5,14 +5,14 @@ instead. The objects check the rest when they are built.
 """
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.config import signatures, trust
+from distill.config import editing, signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
-from distill.config.editing import EDIT_PAIRS, check_guidance_by_source, check_pairs_fit
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
@@ -81,11 +81,12 @@ def check_run(cfg: DictConfig) -> None:
     check_decoder(cfg.method)
     check_pairs(cfg.method)
     check_preference(cfg)
-    check_guidance_by_source(cfg)
+    editing.check_guidance_by_source(cfg)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
     check_fit(cfg.data, cfg.teacher)
+    editing.check_masks_fit(cfg.data, families.family(str(cfg.teacher._target_)))
     check_videos(cfg)
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
@@ -311,10 +312,11 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     path = shipped(str(teacher.path))
     folder = shipped(str(teacher.get("config"))) if Path(path).suffix in locate.SINGLE else path
     unit = family.usual_unit if family and published else None
-    check_pairs_fit(data, family)
+    editing.check_pairs_fit(data, family)
     if family and (Path(folder) / locate.INDEX).is_file():
         unit = unit_of(family, in_folder(Path(folder)), f"teacher.path={teacher.path}")
-    if unit and not teacher.get("vae") and data.get("_target_") in (IMAGES, DRAWN, EDIT_PAIRS):
+    of_pictures = data.get("_target_") in (IMAGES, DRAWN, editing.EDIT_PAIRS)
+    if unit and of_pictures and not teacher.get("vae"):
         plain = OmegaConf.to_container(data, resolve=True)
         limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
 
@@ -333,6 +335,7 @@ def check_metrics(metrics: DictConfig) -> None:
     if prompted:
         material.check_variety(metrics.variety)
     check_keys(node)
+    check_ranges(node)
     if not prompted:
         return
     material.check_measures(metrics.measures, metrics.scores)
@@ -374,11 +377,15 @@ def check_size(size: Any, key: str = "size") -> None:
 
 
 def check_number(cfg: DictConfig, *keys: str) -> None:
-    """Check that the values of these keys are numbers or null."""
+    """Check that the values of these keys are numbers from 0 on, or null."""
     for key in keys:
         value = OmegaConf.select(cfg, key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{key}={value}: must be a number")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{key}={value}: must be a finite number, 0 or more")
 
 
 def check_word(cfg: DictConfig, key: str, *words: str) -> None:

@@ -47,6 +47,10 @@ BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take 
 SHOWN = 16  # pictures of each row in the comparison
 MASKED = 3  # of the seeds of pictures to fill; the judge's renders have 2
 CHECKED, GOOD = 200, 0.95  # ours: renders of another size, and the least share of them read right
+OTHERS = {  # what a teacher that reads pictures does, and the protocol for it
+    "mask": ("fills masked parts of pictures", "shapes_fill"),
+    "source": ("edits pictures", "shapes_edit"),
+}
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -92,6 +96,14 @@ class Shapes:
             )
         if self.size is not None and sides(self.size) != FRAME:
             self._check_size(teacher)
+        self._check_kind(teacher)
+
+    def _check_kind(self, teacher: PipelineTeacher) -> None:
+        """Raise ValueError for a teacher that does something else than this protocol evaluates."""
+        if teacher.image in OTHERS:
+            does, name = OTHERS[teacher.image]
+            what = f"whole pictures are made from captions, and this teacher {does}"
+            raise ValueError(f"metrics=shapes: {what}; use metrics={name}")
 
     def _check_size(self, teacher: PipelineTeacher) -> None:
         key = f"metrics.size={self.size}"
@@ -126,9 +138,8 @@ class Shapes:
         self.fits(teacher)
         judge, rows, strips = Judge.load(), [], []
         for who, n, sample in self.samplers(student, teacher, sampler):
-            count = self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
             what = f"evaluating the {who} in {steps_text(n)}"
-            with Bar(what, count, unit="image", rate="images") as bar:
+            with Bar(what, self.count(), unit="image", rate="images") as bar:
                 scores, shown = self._evaluate(judge, teacher, sample, bar)
             rows.append({"who": who, "steps": n, **scores})
             strips.append(_squared((shown[:SHOWN] + 1) / 2))
@@ -145,6 +156,10 @@ class Shapes:
         protocol |= {"student sampler": str(sampler or Consistency())}
         write_result(folder, protocol, rows, strips, model_fingerprint(folder, student))
         return rows
+
+    def count(self) -> int:
+        """The number of pictures of a row, those of the diversity among them."""
+        return self.prompts + min(VARIETY[0], self.prompts) * VARIETY[1]
 
     def fixed(self) -> dict[str, Any]:
         """What the protocol says that is not a setting."""

@@ -38,13 +38,14 @@ class EditedShapes(Shapes):
     any_size: ClassVar[bool] = False
     image_guidance: float = 1.5
 
-    def fits(self, teacher: PipelineTeacher) -> None:
-        """Raise ValueError for a teacher that does not edit pictures of `shapes`."""
-        super().fits(teacher)
+    def _check_kind(self, teacher: PipelineTeacher) -> None:
         if teacher.image != "source":
             raise ValueError(
                 "metrics=shapes_edit: this teacher does not edit pictures; use metrics=shapes"
             )
+
+    def count(self) -> int:
+        return self.prompts + len(_adding(judging_edits(self.prompts, seed=self.seed))) * VARIETY[1]
 
     def fixed(self) -> dict[str, Any]:
         return {**FIXED_PROTOCOL, "teacher image guidance": self.image_guidance}
@@ -56,8 +57,7 @@ class EditedShapes(Shapes):
         start = time.monotonic()
         pictures = edited(teacher, sample, edits, range(len(edits)), bar)
         seconds = (time.monotonic() - start) / len(edits)
-        groups, each = VARIETY
-        adding = [edit for edit in edits if edit.task == "add"][:groups]
+        each, adding = VARIETY[1], _adding(edits)
         scores, outcomes = scorer.scores_and_outcomes(pictures, edits)
         row = {**scores, "seconds_per_image": seconds, results.OUTCOMES: results.packed(outcomes)}
         if adding:
@@ -66,6 +66,11 @@ class EditedShapes(Shapes):
             varied = edited(teacher, sample, repeated, seeds, bar).unflatten(0, (-1, each))
             row["diversity"] = scorer.diversity(varied, adding, seed=self.seed)
         return row, pictures
+
+
+def _adding(edits: Sequence[Edit]) -> list[Edit]:
+    """The first edits that add an object, each of which is answered several times."""
+    return [edit for edit in edits if edit.task == "add"][: VARIETY[0]]
 
 
 @torch.no_grad()

@@ -45,9 +45,7 @@ class FilledShapes(Shapes):
     any_size: ClassVar[bool] = False
     blend: bool = False
 
-    def fits(self, teacher: PipelineTeacher) -> None:
-        """Raise ValueError for a teacher that does not fill pictures of `shapes`."""
-        super().fits(teacher)
+    def _check_kind(self, teacher: PipelineTeacher) -> None:
         fills = teacher.image == "mask"
         if self.blend and teacher.image_channels:
             what = "an ordinary model fills by blending, and this one reads picture channels"
