@@ -328,7 +328,6 @@ def test_what_does_not_fit_is_one_sentence(words, said, command, monkeypatch):
         ("prodigy", "slice_p=0", "slice_p=0: must be 1 or more"),
         ("muon", "momentum=-1", "momentum=-1: must be from 0 to below 1"),
         ("muon", "ns_steps=200", "ns_steps=200: must be from 1 to 99"),
-        ("schedule_free", "weight_lr_power=-3", "weight_lr_power=-3: must be 0 or more"),
     ],
 )
 def test_a_number_that_an_optimizer_cannot_use_is_named(option, value, said, command):

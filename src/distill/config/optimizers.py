@@ -51,9 +51,7 @@ TAKES: dict[str, Numbers] = {
     "growth_rate": ("1 or more, or null", lambda x: x >= 1),
     "momentum": SHARE,
     "ns_steps": ("from 1 to 99", lambda x: 1 <= x <= 99),
-    "r": NOT_BELOW,
     "slice_p": COUNT,
-    "weight_lr_power": NOT_BELOW,
 }
 PAIRS = ("betas", "eps")
 
