@@ -17,9 +17,11 @@ import torch
 import families
 import tiny
 from distill import students
+from distill.config.compose import shipped
 from distill.config.models import sampler_of, student_of
-from distill.sampling import Consistency, Euler, EulerAncestral, seeded, to_bytes
+from distill.sampling import Consistency, Euler, EulerAncestral, distilled, seeded, to_bytes
 from distill.teachers.families import BUILT_IN
+from distill.teachers.loading.locate import is_distilled, pipeline_folder
 
 ort = pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install -e '.[onnx]'")
@@ -143,6 +145,31 @@ def test_a_family_is_refused_before_weights_are_read(kind, command, tmp_path):
     assert err.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("family", [f for f in SAMPLERS if f != "shapes"])
+def test_the_files_say_as_the_pipeline_whether_it_was_distilled(family, tmp_path):
+    student = Path(student_folder(family, tmp_path))
+    for folder in (student, tmp_path / "teacher"):
+        pipeline = families.teacher_at(folder).pipeline
+        assert is_distilled(folder) == distilled(pipeline)
+        del pipeline.sampler  # as of a folder that others have made
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index.pop("_distill", None)
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        assert is_distilled(folder) == distilled(pipeline)
+    assert is_distilled(pipeline_folder(Path(shipped("shapes:student"))))
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino", "web"])
+def test_what_cannot_be_traced_is_said_of_the_form_that_was_asked_for(form, tmp_path):
+    from distill.exporting.onnx_files import save_onnx
+
+    student = families.teacher_at(families.write("sd_inpaint", tmp_path / "student"))
+    student.pipeline.scheduler = Consistency().scheduler(student.network, student)
+    with pytest.raises(ValueError, match=f"^to={form}: a StableDiffusionInpaint.* to=diffusers$"):
+        save_onnx(student, Consistency(), tmp_path / "student", tmp_path / "out", form=form)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("family", ["zimage", "lumina2", "qwenimage", "chroma"])
 def test_a_traceable_network_is_the_network(family, family_teachers):
     from distill.exporting.traceable import traceable
@@ -260,8 +287,12 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(command, tmp
         code, _, err = command("export", f"run={folder}", *given)
         assert code == 1, given
         assert expected in err
-        assert err.strip().count("\n") == 0 or "was not distilled" in err
+        assert err.strip().count("\n") == 0
     real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: n == "openvino" or real(n, *a))
+    code, _, err = command("export", f"run={folder}", "to=openvino", "out=new")
+    what = f"run={folder} was not distilled to few steps, and has no sampler to export"
+    assert err.strip() == f"distill: to=openvino: {what}; give a student"
     absent = ("onnxruntime", "openvino")
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda n, *a: None if n in absent else real(n, *a)

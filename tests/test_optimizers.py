@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,34 @@ def test_what_does_not_fit_is_one_sentence(words, said, command, monkeypatch):
     assert code == 1
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("adamw", "betas=[0.9]", "betas=[0.9]: must be two numbers"),
+        ("adafactor", "eps=[1e-30]", "eps=[1e-30]: must be two numbers"),
+        ("adafactor", "clip_threshold=0", "clip_threshold=0: must be above 0"),
+        ("adafactor", "beta1=2", "beta1=2: must be from 0 to below 1"),
+        ("adafactor", "decay_rate=0.8", "decay_rate=0.8: must be below 0"),
+        ("adamw8bit", "block_size=0", "block_size=0: must be 1 or more"),
+        ("prodigy", "eps=-1", "eps=-1: must be 0 or more"),
+        ("prodigy", "d0=0", "d0=0: must be above 0"),
+        ("prodigy", "growth_rate=0.5", "growth_rate=0.5: must be 1 or more, or null"),
+        ("prodigy", "slice_p=0", "slice_p=0: must be 1 or more"),
+        ("muon", "momentum=-1", "momentum=-1: must be from 0 to below 1"),
+        ("muon", "ns_steps=200", "ns_steps=200: must be from 1 to 99"),
+    ],
+)
+def test_a_number_that_an_optimizer_cannot_use_is_named(option, value, said, command):
+    if option in NEEDS:
+        pytest.importorskip(NEEDS[option])
+    code, _, err = command(
+        "run", f"optimizer={option}", f"optimizer.student.{value}", "run_dir=made"
+    )
+    assert code == 1
+    assert err.strip() == f"distill: optimizer.student.{said}"
+    assert not Path("made").exists()
 
 
 @pytest.mark.parametrize(("option", "package"), [*NEEDS.items(), ("adamw8bit_bnb", "bitsandbytes")])

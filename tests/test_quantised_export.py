@@ -38,6 +38,21 @@ def test_wrong_settings_of_weights(command, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("more", ["weights=int8", "weights=fp8", "dtype=float16"])
+def test_a_quantised_student_is_not_quantised_or_rounded_again(more, command, tmp_path):
+    pytest.importorskip("torchao", reason="pip install -e '.[quantise]'")
+    folder = tiny.write_pipeline("unet", tmp_path / "unet")
+    settings = folder / "unet" / "config.json"
+    said = json.loads(settings.read_text(encoding="utf-8"))
+    said["quantization_config"] = {"quant_method": "torchao"}
+    settings.write_text(json.dumps(said), encoding="utf-8")
+    code, _, err = command("export", f"run={folder}", "to=diffusers", more, "out=new")
+    assert code == 1
+    assert err.startswith(f"distill: run={folder}: its unet/ is quantised by torchao")
+    assert err.strip().count("\n") == 0
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd35", "sdxl"])
 @pytest.mark.parametrize("weights", ["int8", "fp8"])

@@ -41,7 +41,14 @@ from distill.storage.atomic import atomic_folder
 from distill.storage.bounded import mapping_of
 from distill.storage.locks import check_free, one_writer, one_writer_of
 from distill.teachers import families
-from distill.teachers.loading.locate import denoiser_part, index_of, is_repository, pipeline_folder
+from distill.teachers.loading.locate import (
+    check_distilled,
+    denoiser_part,
+    index_of,
+    is_repository,
+    pipeline_folder,
+)
+from distill.teachers.loading.settings import refuse_quantised_parts
 from distill.terminal.progress import stage
 
 
@@ -119,6 +126,8 @@ def check(cfg: DictConfig) -> None:
     _check_kind(cfg)
     check_free(_out(cfg), "out")
     _check_out(cfg)
+    if cfg.to in PACKAGES:
+        check_distilled(pipeline_folder(Path(shipped(cfg.run))), f"to={cfg.to}: run={cfg.run}")
 
 
 def _check_packages(cfg: DictConfig) -> None:
@@ -170,6 +179,8 @@ def _check_kind(cfg: DictConfig) -> None:
     if cfg.to == "single_file" and of_unet and scheduler == FLOW_OF_UNETS:
         what = "cannot mark a UNet that predicts a flow; other programs would read it as eps"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
+    if cfg.weights or cfg.dtype:  # forms that read the student refuse such weights themselves
+        refuse_quantised_parts(folder, f"run={cfg.run}")
     if cfg.naming == "kohya" and not of_unet:
         what = "is for UNets; for a transformer use naming=diffusers, which ComfyUI reads"
         raise ValueError(f"naming=kohya: {what}")

@@ -5,9 +5,10 @@ Nothing here imports torch.
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config.compose import overrides
 from distill.storage.source_code import find
@@ -32,6 +33,27 @@ WHOLE = ("torch.optim.Muon", "torch.optim._muon.Muon")
 LARGEST_RATE = (
     0.1  # ours: no recipe has a learning rate of AdamW as large, and Prodigy's is about 1
 )
+# Options of optimisers of torch and of ours: which numbers they take, in words and as a test.
+# Learning rates, weight decays and betas are in `ranges`. ns_steps is torch's limit.
+Numbers = tuple[str, Callable[[Any], bool]]
+COUNT: Numbers = ("1 or more", lambda x: x >= 1)
+ABOVE: Numbers = ("above 0", lambda x: x > 0)
+NOT_BELOW: Numbers = ("0 or more", lambda x: x >= 0)
+SHARE: Numbers = ("from 0 to below 1", lambda x: 0 <= x < 1)
+TAKES: dict[str, Numbers] = {
+    "beta1": SHARE,
+    "block_size": COUNT,
+    "clip_threshold": ABOVE,
+    "d0": ABOVE,
+    "d_coef": ABOVE,
+    "decay_rate": ("below 0", lambda x: x < 0),
+    "eps": NOT_BELOW,
+    "growth_rate": ("1 or more, or null", lambda x: x >= 1),
+    "momentum": SHARE,
+    "ns_steps": ("from 1 to 99", lambda x: 1 <= x <= 99),
+    "slice_p": COUNT,
+}
+PAIRS = ("betas", "eps")
 
 
 def players(cfg: DictConfig) -> Iterator[tuple[str, DictConfig]]:
@@ -74,8 +96,25 @@ def takes(target: str, name: str) -> bool:
     return args is None or name in [arg.arg for arg in (*args.args, *args.kwonlyargs)]
 
 
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError for an option of an optimiser that is outside its range."""
+    for key, node in players(cfg):
+        if not str(node._target_).startswith((HERE, "torch.optim.")):
+            continue  # of the user's own classes, whose options may mean something else
+        for name, value in node.items():
+            listed = isinstance(value, ListConfig)
+            values = [x for x in (value if listed else [value]) if type(x) in (int, float)]
+            if name in PAIRS and listed and len(value) != 2:
+                raise ValueError(f"{key}.{name}={list(value)}: must be two numbers")
+            words, fits = TAKES.get(str(name), ("", lambda _: True))
+            if not all(map(fits, values)):
+                given = list(value) if listed else value
+                raise ValueError(f"{key}.{name}={given}: must be {words}")
+
+
 def check_optimizers(cfg: DictConfig) -> None:
-    """Check that the packages of the optimisers are here, and that strategy and device fit."""
+    """Check the options and packages of the optimisers, and that strategy and device fit."""
+    check_numbers(cfg)
     sharded = "FullySharded" in str(OmegaConf.select(cfg, "trainer.strategy._target_"))
     for key, node in players(cfg):
         target = str(node._target_)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distill.exporting import openvino_files
 from distill.exporting.graphs import corrected
-from distill.exporting.traced import Traced, networks_of, reading, token_ids
+from distill.exporting.traced import Traced, Untraceable, networks_of, reading, token_ids
 from distill.machine.faults import first_line, quiet_logging
 from distill.sampling import EulerAncestral, FewSteps, distilled
 from distill.storage.atomic import atomic_folder
@@ -40,7 +40,7 @@ MOST_AT_ONCE = 63  # pictures for which diffusers' upsampling is one graph: from
 # ours: the largest difference from torch, as a share of the largest value; float32 gives about 1e-5
 TOLERANCE = 1e-3
 ONE_FILE = 1_500_000_000  # bytes of weights that one .onnx file can hold; the format ends at 2 GiB
-SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "web": ".onnx"}
 Run = Callable[[Path, Mapping[str, Tensor]], dict[str, np.ndarray]]
 
 
@@ -55,13 +55,29 @@ def save_onnx(
 ) -> Path:
     """Write the folder `out` for a student of the pipeline folder `source`.
 
-    form: onnx or openvino. weights: int8 quantises the denoiser's matrix products, after the check.
+    form: onnx, openvino, or web, which has the files of onnx.
+    weights: int8 quantises the denoiser's matrix products, after the check.
     Raises ValueError for a pipeline that was not distilled or cannot be traced, and for outputs in
     the runtime that differ from torch's.
     """
     if not distilled(student.pipeline):
         what = "was not distilled to few steps, and has no sampler to export"
         raise ValueError(f"to={form}: {source} {what}; give a student")
+    try:
+        _save(student, sampler, source, out, form, weights)
+    except Untraceable as error:
+        raise ValueError(f"to={form}: {error}; use to=diffusers") from error
+    return out
+
+
+def _save(
+    student: PipelineTeacher,
+    sampler: FewSteps,
+    source: Path,
+    out: Path,
+    form: str,
+    weights: str | None,
+) -> None:
     steps = steps_of(student, sampler)
     first, last = (levels[-1]["t"] for levels in (steps["1"], steps[max(steps)]))
     parts = networks_of(student, CAPTIONS, torch.tensor([first, last]))
@@ -82,7 +98,6 @@ def save_onnx(
             copy_terms(folder, partial)
         text = json.dumps(found, indent=2) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
-    return out
 
 
 def _written(
@@ -139,7 +154,7 @@ def quantise(student: PipelineTeacher, denoiser: Traced, folder: Path) -> float:
 
 
 def write(part: Traced, file: Path, kind: str) -> None:
-    """Trace a network and write it. Raises ValueError where torch.onnx cannot."""
+    """Trace a network and write it. Raises Untraceable where torch.onnx cannot."""
     batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE) if part.batched else None
     shapes = [{0: batch} if part.batched else {} for _ in part.inputs]
     inputs = tuple(part.inputs.values())
@@ -162,7 +177,7 @@ def write(part: Traced, file: Path, kind: str) -> None:
             program.save(file, external_data=held > ONE_FILE)
     except Exception as error:  # of any kind: torch's own, of the class of the model
         what = f"torch.onnx cannot write the {part.name} of a {kind} ({first_line(error, 120)})"
-        raise ValueError(f"to=onnx: {what}; use to=diffusers") from error
+        raise Untraceable(what) from error
 
 
 def _shapes(part: Traced, shapes: list[dict[int, Any]]) -> Any:
@@ -183,7 +198,7 @@ def compare(
 
     run_it: runs a file, by default in onnxruntime.
 
-    Batches of 1 and 2 are compared, and two captions. Raises ValueError above TOLERANCE.
+    Batches of 1 and 2 are compared, and two captions. Raises Untraceable above TOLERANCE.
     """
     found = {}
     for part in parts:
@@ -199,7 +214,7 @@ def compare(
                 if not share <= TOLERANCE:  # also for values that are not finite
                     what = f"{name} of the {part.name} differs from torch's by {difference:.2g}"
                     most = f"{share:.1%} of its largest value, and {TOLERANCE:.1%} is allowed"
-                    raise ValueError(f"to=onnx: {what}, {most}; use to=diffusers")
+                    raise Untraceable(f"{what}, {most}")
                 worst = max(worst, float(difference))
         found[part.name] = worst
     return found
@@ -224,13 +239,13 @@ def run(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _ran(run_it: Run, file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """As `run_it`. Raises ValueError, in one sentence, where the runtime cannot run the network."""
+    """As `run_it`. Raises Untraceable, in one clause, where the runtime cannot run the network."""
     try:
         return run_it(file, inputs)
     except Exception as error:  # its own classes, which derive from nothing else
         who = "OpenVINO" if file.suffix == ".xml" else "onnxruntime"
         what = f"{who} cannot run the {file.stem} ({first_line(error, 200)})"
-        raise ValueError(f"to=onnx: {what}; use to=diffusers") from error
+        raise Untraceable(what) from error
 
 
 def steps_of(student: PipelineTeacher, sampler: FewSteps) -> dict[str, list[dict[str, float]]]:

@@ -85,6 +85,10 @@ class Decode(nn.Module):
         return self._student[0].decode(latents)
 
 
+class Untraceable(ValueError):
+    """A network that cannot leave torch, or differs where it runs: the reason, as a clause."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A module with an example of its inputs, and their names and those of its outputs.
@@ -112,14 +116,14 @@ class Traced:
 def networks_of(student: PipelineTeacher, captions: tuple[str, str], t: Tensor) -> list[Traced]:
     """Denoiser, text encoder and decoder of a student, with an example of two pictures.
 
-    Raises ValueError for one that also reads pictures.
+    Raises Untraceable for one that also reads pictures, or makes videos.
     """
     if student.image_channels:
         what = f"a {type(student.pipeline).__name__} also reads a picture, which is not exported"
-        raise ValueError(f"to=onnx: {what}; use to=diffusers")
+        raise Untraceable(what)
     if len(student.latent_shape) != 3:
         what = f"a {type(student.pipeline).__name__} makes videos, which are not exported"
-        raise ValueError(f"to=onnx: {what}; use to=diffusers")
+        raise Untraceable(what)
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(2, *student.latent_shape, generator=generator)
     cond = student.embed(captions)
@@ -178,7 +182,7 @@ def reading(student: PipelineTeacher) -> dict[str, dict[str, Any]]:
 
     before, after: the text around it. empty: the text in place of the empty caption; None where its
     pipeline reads that in another length. padding_side: left or right. special_tokens: whether the
-    tokenizer adds its own. Raises ValueError for ids that no such call gives.
+    tokenizer adds its own. Raises Untraceable for ids that no such call gives.
     """
     found, (_, empty) = {}, _read(student, "")
     for name, kept in _read(student, MARK)[1].items():
@@ -188,7 +192,7 @@ def reading(student: PipelineTeacher) -> dict[str, dict[str, Any]]:
         adds = [special for special in (True, False) if torch.equal(kept.again(special), ids)]
         if not mark or not adds:
             what = f"the {name} of a {type(student.pipeline).__name__} reads more than a text"
-            raise ValueError(f"to=onnx: {what}; use to=diffusers")
+            raise Untraceable(what)
         same = of_empty is not None and of_empty.shape == ids.shape
         found[name] = {
             "before": before,

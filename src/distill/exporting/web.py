@@ -41,7 +41,7 @@ def save_page(
     """
     tokenizers = tokenizers_of(student)
     with atomic_folder(out) as partial:
-        networks = save_onnx(student, sampler, source, partial / "networks")
+        networks = save_onnx(student, sampler, source, partial / "networks", form="web")
         files = sorted(networks.glob("*.onnx"))
         size = sum(file.stat().st_size for file in files)
         if size > MOST or list(networks.glob("*.data")):

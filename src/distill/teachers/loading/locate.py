@@ -35,6 +35,7 @@ FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints"
 LORAS = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 MAX_NAMES = 1000  # of a folder, searched for a similar name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "ShiftedLCMScheduler", "SCMScheduler")
 SINGLE = (".safetensors", *PICKLED)  # ends of a pipeline in one file
 
 
@@ -171,6 +172,32 @@ def index_of(path: str, key: str = "teacher.path") -> dict:
             what = f"its {INDEX} names a part {shown(name, 60)} as {shown(pair, 60)}"
             raise ValueError(f"{key}={path}: {what}, which diffusers does not write; fetch it anew")
     return index
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether a pipeline folder is of few steps: `sampling.distilled` by its files alone.
+
+    True for a folder whose scheduler has no settings: loading it gives the error.
+    """
+    index, settings = index_of(str(folder)), folder / "scheduler" / "scheduler_config.json"
+    info = index.get(STUDENT_INFO)
+    sampler = info.get("sampler") if isinstance(info, dict) else None
+    if isinstance(sampler, dict) and isinstance(sampler.get("name"), str):
+        return True
+    scheduler = (index.get("scheduler") or ["", ""])[1]
+    if scheduler in FEW_STEP_SCHEDULERS or not settings.is_file():
+        return True
+    said = mapping_of(settings)
+    ancestral = scheduler == "EulerAncestralDiscreteScheduler"
+    trailing = said.get("timestep_spacing") == "trailing"
+    return bool(said.get("stochastic_sampling")) or (ancestral and trailing)
+
+
+def check_distilled(folder: Path, where: str) -> None:
+    """Raise ValueError, starting with `where`, for a pipeline folder that is not of few steps."""
+    if not is_distilled(folder):
+        what = "was not distilled to few steps, and has no sampler to export"
+        raise ValueError(f"{where} {what}; give a student")
 
 
 def shards_in(index: Path) -> list[str]:

@@ -66,6 +66,12 @@ def refuse_quantised(config: Config, where: str) -> None:
     raise ValueError(f"{where} {what}; give the folder that is not quantised")
 
 
+def refuse_quantised_parts(folder: Path, where: str) -> None:
+    """Raise ValueError, starting with `where`, for a pipeline folder with a quantised network."""
+    for file in sorted(folder.glob("*/config.json")):
+        refuse_quantised(mapping_of(file), f"{where}: its {file.parent.name}/")
+
+
 def lacking(family: Family, part: str) -> str:
     """The remedy for a missing part of a pipeline of `family`."""
     if part not in family.spare:
