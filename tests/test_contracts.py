@@ -76,8 +76,8 @@ def test_a_resumed_run_ends_with_the_same_bits(family, options, family_folders, 
 
 # -- compiled blocks -------------------------------------------------------------------------------
 
-# Its captions of one length have no mask, those of several have one: a graph each.
-LATE_GRAPHS = {"zimage": 5}  # steps up to the last one without a new graph
+# Captions of one length in a batch, and of several, have a graph each; both occur by then.
+LATE_GRAPHS = {"zimage": 5, "qwenimage": 5}  # steps up to the last one without a new graph
 
 
 @each()
