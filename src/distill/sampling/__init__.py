@@ -33,6 +33,7 @@ from distill.sampling.angles import check_no_angles, has_angles, pipeline_levels
 from distill.sampling.noise import draw_noise as draw_noise
 from distill.sampling.noise import first_noise, step_noise
 from distill.sampling.shifts import check_shift, shift_of
+from distill.teachers.loading.locate import is_few_step
 from distill.teachers.network import Network
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.schedulers import FlowScheduler, ShiftedLCMScheduler
@@ -383,12 +384,8 @@ def sampler_of(pipeline: Any) -> FewSteps:
 
 def distilled(pipeline: Any) -> bool:
     """Whether a pipeline is of few steps, by its scheduler or by its index."""
-    config = pipeline.scheduler.config
-    few = isinstance(pipeline.scheduler, LCMScheduler | SCMScheduler) or config.get(
-        "stochastic_sampling", False
-    )
-    ancestral = isinstance(pipeline.scheduler, EulerAncestralDiscreteScheduler)
-    few = few or (ancestral and config.timestep_spacing == "trailing")
+    names = {kind.__name__ for kind in type(pipeline.scheduler).__mro__}
+    few = is_few_step(names, pipeline.scheduler.config)
     return few or bool(getattr(pipeline, "sampler", None))
 
 

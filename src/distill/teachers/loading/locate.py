@@ -35,7 +35,7 @@ FOLDERS = ("runs", "evaluations", "outputs", "multirun", "models", "checkpoints"
 LORAS = ("lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 MAX_NAMES = 1000  # of a folder, searched for a similar name
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-FEW_STEP_SCHEDULERS = ("LCMScheduler", "ShiftedLCMScheduler", "SCMScheduler")
+FEW_STEP_SCHEDULERS = {"LCMScheduler", "ShiftedLCMScheduler", "SCMScheduler"}
 SINGLE = (".safetensors", *PICKLED)  # ends of a pipeline in one file
 
 
@@ -184,13 +184,17 @@ def is_distilled(folder: Path) -> bool:
     sampler = info.get("sampler") if isinstance(info, dict) else None
     if isinstance(sampler, dict) and isinstance(sampler.get("name"), str):
         return True
-    scheduler = (index.get("scheduler") or ["", ""])[1]
-    if scheduler in FEW_STEP_SCHEDULERS or not settings.is_file():
+    if not settings.is_file():
         return True
-    said = mapping_of(settings)
-    ancestral = scheduler == "EulerAncestralDiscreteScheduler"
-    trailing = said.get("timestep_spacing") == "trailing"
-    return bool(said.get("stochastic_sampling")) or (ancestral and trailing)
+    return is_few_step({(index.get("scheduler") or ["", ""])[1]}, mapping_of(settings))
+
+
+def is_few_step(scheduler: set[str], config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler with these names, its class's and its bases', samples in few steps."""
+    ancestral = "EulerAncestralDiscreteScheduler" in scheduler
+    trailing = config.get("timestep_spacing") == "trailing"
+    few = bool(scheduler & FEW_STEP_SCHEDULERS) or bool(config.get("stochastic_sampling"))
+    return few or (ancestral and trailing)
 
 
 def check_distilled(folder: Path, where: str) -> None:
