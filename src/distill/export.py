@@ -173,7 +173,7 @@ def _check_kind(cfg: DictConfig) -> None:
     if cfg.to == "single_file" and family.single_file is None:
         what = f"is for {', '.join(families.in_one_file())}, and run={cfg.run} holds a {kind}"
         raise ValueError(f"to=single_file: {what}; use to=diffusers")
-    if cfg.to in PACKAGES and (why := _untraced(family)):
+    if cfg.to in PACKAGES and (why := family.not_traced()):
         raise ValueError(f"to={cfg.to}: run={cfg.run} holds a {kind}, {why}; use to=diffusers")
     scheduler = (index_of(str(folder), "run").get("scheduler") or ["", ""])[1]
     if cfg.to == "single_file" and of_unet and scheduler == FLOW_OF_UNETS:
@@ -204,13 +204,6 @@ def _check_kind(cfg: DictConfig) -> None:
     if compared and cfg.base is None and not (Path(cfg.run) / "config.yaml").is_file():
         what = f"run={cfg.run} does not say what its student was made from; add base=<folder>"
         raise ValueError(f"base=null: {what}")
-
-
-def _untraced(family: families.Family) -> str | None:
-    """Why students of this family cannot be written as ONNX; None if they can."""
-    if family.image:
-        return "which also reads a picture, and only a caption is exported"
-    return "which makes videos, and only pictures are exported" if family.video else family.untraced
 
 
 def _check_generator(cfg: DictConfig, folder: Path) -> None:

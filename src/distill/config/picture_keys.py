@@ -10,10 +10,7 @@ from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
 
-READERS = {  # what a model that reads pictures does, and the keys of `sample` for them
-    "mask": ("fills masked parts of pictures", "image= and mask="),
-    "source": ("edits pictures", "image="),
-}
+READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
 
 def family_of_run(run: str) -> families.Family | None:
@@ -61,8 +58,8 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
     """
     family = family_of_run(run)
     if family is not None and family.image in READERS:
-        does, keys = READERS[family.image]
-        what = f"{does}, and {command} makes whole ones"
+        what = f"{families.DOES[family.image]}, and {command} makes whole ones"
+        keys = READERS[family.image]
         raise ValueError(f"{key}={run}: {what}; use the sample command with {keys}")
 
 

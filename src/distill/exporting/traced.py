@@ -116,14 +116,10 @@ class Traced:
 def networks_of(student: PipelineTeacher, captions: tuple[str, str], t: Tensor) -> list[Traced]:
     """Denoiser, text encoder and decoder of a student, with an example of two pictures.
 
-    Raises Untraceable for one that also reads pictures, or makes videos.
+    Raises Untraceable for one of a family that is not traced.
     """
-    if student.image_channels:
-        what = f"a {type(student.pipeline).__name__} also reads a picture, which is not exported"
-        raise Untraceable(what)
-    if len(student.latent_shape) != 3:
-        what = f"a {type(student.pipeline).__name__} makes videos, which are not exported"
-        raise Untraceable(what)
+    if why := student.not_traced():
+        raise Untraceable(f"a {student.kind_name()} was given, {why}")
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(2, *student.latent_shape, generator=generator)
     cond = student.embed(captions)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distill.teachers.pipeline import PipelineTeacher
 
 TEACHER = "distill.teachers.pipeline.PipelineTeacher"
+# What a model that also reads pictures does, by its fact `image`.
+DOES = {"mask": "fills masked parts of pictures", "source": "edits pictures"}
 BUILT_IN = {  # class of a pipeline -> teacher class
     "ChromaPipeline": "distill.teachers.chroma.Chroma",
     "Flux2KleinPipeline": "distill.teachers.flux2.Flux2Klein",
@@ -108,6 +110,14 @@ class Family:
     prepares: str = ""
     single_file: Literal["pipeline", "transformer"] | None = None
     untraced: str | None = None
+
+    def not_traced(self) -> str | None:
+        """Why its students cannot be written as ONNX, as a clause; None if they can."""
+        if self.image:
+            return "which also reads a picture, and only a caption is exported"
+        if self.video:
+            return "which makes videos, and only pictures are exported"
+        return self.untraced
 
     def kind_name(self) -> str:
         """Name of the pipeline's class."""
