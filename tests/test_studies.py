@@ -121,8 +121,8 @@ OVERVIEWS = [ROOT / "README.md", ROOT / "docs" / "understand" / "results.md"]
 
 
 def check_methods(page: Path) -> int:
-    """Hold every number of the table of methods against the CSV file of the first study in
-    methods.yaml that has been run; returns how many there were.
+    """Hold every number of the table of methods against the CSV file of its study in
+    methods.yaml; returns how many there were.
     """
     named = yaml.safe_load((EXPERIMENTS / "methods.yaml").read_text(encoding="utf-8"))
     nodes = {node["about"].partition("`]")[0].strip("[`"): node for node in named["methods"]}
@@ -133,9 +133,8 @@ def check_methods(page: Path) -> int:
         name = row[""].partition("`]")[0].strip("[`")
         node = nodes[name] if name else node
         seen += [name] if name else []
-        files = [EXPERIMENTS / s["study"] / f"{s['table']}.csv" for s in node["sources"]]
-        pairs = zip(node["sources"], files, strict=True)
-        source, file = next((source, file) for source, file in pairs if file.is_file())
+        source = node["source"]
+        file = EXPERIMENTS / source["study"] / f"{source['table']}.csv"
         if name:
             assert f"experiments/{source['study']}/README.md)" in row["study"]
         wanted = ("student", source["group"]) if "group" in source else ("teacher", None)

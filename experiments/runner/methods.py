@@ -15,7 +15,7 @@ from PIL import Image
 from distill.evaluation.tables import MEASURES
 from distill.storage.bounded import yaml_of
 from runner.pages import cell, read_rows, replace_parts, table_of
-from runner.pictures import labelled, rows_of, rows_of_sheet, sheet
+from runner.pictures import labelled, rows_of_sheet, sheet
 from runner.study import MEASURED, StudyError
 
 FILE, GRID = "methods.yaml", Path("methods_on_shapes") / "grid.png"
@@ -69,7 +69,7 @@ def methods_part(
 
 def _rows(experiments: Path, found: Mapping[str, Any], steps: Sequence[int]) -> Iterator[list[str]]:
     for node in found["teachers"]:
-        source, n = source_of(experiments, node), node["sources"][0]["steps"]
+        source, n = source_of(experiments, node), node["source"]["steps"]
         yield [node["about"], "", "", str(n), *source.cells(n), "", _link(source)]
     for node in found["methods"]:
         source = source_of(experiments, node)
@@ -86,17 +86,17 @@ def _link(source: Source) -> str:
 
 
 def source_of(experiments: Path, node: Mapping[str, Any]) -> Source:
-    """The first source of a row that has been run. Raises StudyError if none has."""
-    for given in node["sources"]:
-        folder, table = experiments / given["study"], given["table"]
-        group = given.get("group", "")
-        who = "student" if group else "teacher"
-        file = folder / f"{table}_intervals.csv"
-        rows = [row for row in read_rows(file) if row["who"] == who] if file.is_file() else []
-        rows = [row for row in rows if not group or row["group"] == group]
-        if rows:
-            return Source(folder, table, who, group, rows, _pictures(folder, table, group))
-    raise StudyError(f"{experiments / FILE}: {node['about']}: none of its sources has been run")
+    """The source of a row. Raises StudyError if it has not been run."""
+    given = node["source"]
+    folder, table = experiments / given["study"], given["table"]
+    group = given.get("group", "")
+    who = "student" if group else "teacher"
+    file = folder / f"{table}_intervals.csv"
+    rows = [row for row in read_rows(file) if row["who"] == who] if file.is_file() else []
+    rows = [row for row in rows if not group or row["group"] == group]
+    if not rows:
+        raise StudyError(f"{experiments / FILE}: {node['about']}: its source has not been run")
+    return Source(folder, table, who, group, rows, _pictures(folder, table, group))
 
 
 def _pictures(folder: Path, table: str, group: str) -> int:
@@ -116,9 +116,7 @@ def write_grid(experiments: Path, found: Mapping[str, Any]) -> None:
         known = rows_of_sheet(source.folder, source.table)
         who, steps = source.group, DRAWN
         if source.who == "teacher":
-            who, steps = "teacher", (node["sources"][0]["steps"],)
-        elif not known and "drawn" in node:
-            who, known = "student", rows_of(experiments / node["drawn"])
+            who, steps = "teacher", (node["source"]["steps"],)
         name = node.get("name", "teacher")
         lines += [(labelled(name, n), known[who, n]) for n in steps if (who, n) in known]
     drawn, file = sheet(lines), experiments / GRID
