@@ -24,6 +24,8 @@ from distill.machine.faults import first_line
 from distill.terminal.secret import masked
 
 log = logging.getLogger(__name__)
+# Loggers with a line for every read: gcsfs's warns of a missing login, as of a public bucket.
+CHATTY = {"gs": ("gcsfs",), "gcs": ("gcsfs",), "hf": ("httpx", "httpx2")}
 T = TypeVar("T")
 # Scheme -> how to install what reads it; None: with distill.
 SCHEMES = {
@@ -102,16 +104,13 @@ def filesystem(url: str) -> Any:
                 "retries": {"max_attempts": 1},
             }
         }
-    elif scheme in ("gs", "gcs"):
-        _quieten("gcsfs")
+    for name in CHATTY.get(scheme, ()):
+        _quieten(name)
     return fsspec.filesystem(scheme, **options)
 
 
 def _quieten(name: str) -> None:
-    """Leave out what a library logs, if nobody has asked for it: `ask` says what failed.
-
-    gcsfs warns at every read without a login, as of a public bucket.
-    """
+    """Leave out what a library logs, if nobody has asked for it: `ask` says what failed."""
     logger = logging.getLogger(name)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.CRITICAL)
