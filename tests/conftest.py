@@ -147,3 +147,14 @@ def command(monkeypatch, capsys, tmp_path):
         return code, said.out, said.err
 
     return call
+
+
+@pytest.fixture
+def own_store_cache(tmp_path, monkeypatch):
+    """Shards of stores are cached in a folder of this test, and stores are listed anew."""
+    from distill.data import stores
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stores.listed.cache_clear()
+    yield
+    stores.listed.cache_clear()

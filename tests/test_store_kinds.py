@@ -18,16 +18,9 @@ import torch
 import served
 from distill.data import source, stores
 
+pytestmark = pytest.mark.usefixtures("own_store_cache")
 KINDS = {"s3": "s3://bucket", "gcs": "gs://bucket", "hub": "hf://datasets/user/set"}
 PACKAGES = {"s3": "s3fs", "gcs": "gcsfs", "hub": "huggingface_hub"}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    stores.listed.cache_clear()
-    yield
-    stores.listed.cache_clear()
 
 
 @pytest.fixture(scope="module")

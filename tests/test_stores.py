@@ -14,6 +14,7 @@ from distill.data import source, stores
 from distill.data.cache import Cache
 from served import serve
 
+pytestmark = pytest.mark.usefixtures("own_store_cache")
 CACHED, ONE_BY_ONE = 1.0, 0.0  # data.cache_gb
 
 
@@ -29,14 +30,6 @@ def folder(tmp_path_factory):
     latents = ((f"{i:04d}", random.standard_normal((4, 8, 8)), f"caption {i}") for i in range(24))
     write_latents(str(made / "x-%03d.tar"), latents, per_shard=8)
     return made
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    stores.listed.cache_clear()
-    yield
-    stores.listed.cache_clear()
 
 
 @pytest.fixture
