@@ -6,9 +6,11 @@ The same samples in the same order as from a folder, also of Parquet, in workers
 from __future__ import annotations
 
 import itertools
+import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -75,6 +77,9 @@ def reach(kind: str, url: str, monkeypatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         content = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", content)
+        # The stream of its first import may be one that an earlier test has captured and closed.
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            monkeypatch.setattr(handler, "stream", sys.stderr)
     fsspec.get_filesystem_class({"gcs": "gs", "hub": "hf"}.get(kind, kind)).clear_instance_cache()
 
 
