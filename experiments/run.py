@@ -14,38 +14,59 @@ import os
 import sys
 from pathlib import Path
 
-from runner.jobs import Queue
+from distill.config.compose import nearest
+from runner.jobs import STOPPED, Queue
 from runner.results import write_results
-from runner.study import Study, StudyError, read_study
+from runner.study import FILE, Study, StudyError, read_study
 
 HERE = Path(__file__).parent
+HELP = ("-h", "--help", "help")
 DEFAULTS = {
     "workers": "", "minutes": "", "only": "", "out": "", "page": "complete", "list": "false",
 }  # fmt: skip
-PAGES = ("complete", "partial", "only")
+CHOICES = {"page": ("complete", "partial", "only"), "list": ("true", "false")}
+
+
+def usage() -> str:
+    """What the command does, with the names of the studies."""
+    return f"{str(__doc__).strip()}\n\nStudies: {', '.join(names())}"
+
+
+def names() -> list[str]:
+    return sorted(file.parent.name for file in HERE.glob(f"*/{FILE}"))
 
 
 def arguments(words: list[str]) -> tuple[Path, dict[str, str]]:
     """The folder of the study, and the options. Raises StudyError for wrong ones."""
-    if not words or words[0] in ("-h", "--help"):
-        raise StudyError(str(__doc__).strip())
+    if not words:
+        raise StudyError(f"give a study: {', '.join(names())}; -h explains the options")
     study, *given = words
     options = dict(DEFAULTS)
     for word in given:
         key, equals, value = word.partition("=")
         if not equals or key not in DEFAULTS:
-            raise StudyError(f"{word}: no such option; there are {', '.join(DEFAULTS)}")
+            near = nearest(key, DEFAULTS)
+            raise StudyError(f"{word}: no such option{near}; there are {', '.join(DEFAULTS)}")
         options[key] = value
     for key in ("workers", "minutes"):
         if options[key] and not (options[key].isdecimal() and int(options[key])):
             raise StudyError(f"{key}={options[key]}: must be a whole number above 0")
-    if options["page"] not in PAGES:
-        raise StudyError(f"page={options['page']}: no such page; there are {', '.join(PAGES)}")
-    return (Path(study) if os.sep in study else HERE / study), options
+    for key, known in CHOICES.items():
+        if options[key] not in known:
+            raise StudyError(f"{key}={options[key]}: must be one of {', '.join(known)}")
+    if os.sep in study:
+        return Path(study), options
+    if study not in names():
+        near = nearest(study, names())
+        raise StudyError(f"{study}: there is no such study{near}; there are {', '.join(names())}")
+    return HERE / study, options
 
 
 def main(words: list[str]) -> int:
     """Run the study; returns the exit code."""
+    if words and words[0] in HELP:
+        print(usage())
+        return 0
     folder, options = arguments(words)
     study = read_study(folder)
     out = Path(options["out"] or Path("runs") / "studies" / folder.name)
@@ -58,6 +79,7 @@ def main(words: list[str]) -> int:
         return 0
     code = queue.run(minutes(study, options["minutes"]))
     write_results(study, out, HERE / "README.md", partial=options["page"] == "partial")
+    queue.raise_failed()  # the others' numbers are in the page
     return code
 
 
@@ -78,3 +100,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except StudyError as error:
         sys.exit(f"run.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)

@@ -27,11 +27,15 @@ from runner.pages import replace_parts  # noqa: E402
 from runner.results import NOT_RUN, recorded_lines, verdict, write_results  # noqa: E402
 from runner.study import StudyError, read_study  # noqa: E402
 
+from distill.evaluation.statistics import mean_interval  # noqa: E402
 from distill.evaluation.tables import MEASURES, SPACE  # noqa: E402
 
 STUDIES = sorted(file.parent for file in EXPERIMENTS.glob("*/study.yaml"))
 RUN = EXPERIMENTS / "run.py"
-CELL = re.compile(r"(-?[\d,.]+)(%?)(?: ± (-?[\d,.]+)%?)?(?: \[(-?[\d,.]+)%?, (-?[\d,.]+)%?\])?")
+CELL = re.compile(
+    r"(-?[\d,.]+)(%?)(?: ± (-?[\d,.]+)%?)?(?: \[(-?[\d,.]+)%?, (-?[\d,.]+)%?\])?"
+    r"(?: \((\d+) of (\d+) seeds\))?"
+)
 
 
 def names(folders):
@@ -82,6 +86,9 @@ def check_numbers(folder: Path) -> int:
         }
         for row in table_in(part(folder / "README.md", table.name)):
             group, steps = row[""], row["steps"]
+            if row["seeds"]:
+                seeds = {r["seed"] for r in runs if (r["group"], r["steps"]) == (group, steps)}
+                assert row["seeds"] == str(len(seeds)), group
             for head, key in heads.items():
                 if head not in row or row[head] == "–":
                     continue
@@ -112,6 +119,70 @@ def check_numbers(folder: Path) -> int:
 def test_every_number_of_a_made_table_is_in_the_file_beside_it(folder):
     checked = check_numbers(folder)
     assert checked > 300 or folder.name != "methods_on_shapes"
+
+
+@pytest.fixture(scope="module")
+def made_again(tmp_path_factory):
+    """A copy of all studies whose pages were made anew from the files beside them."""
+    copied = shutil.copytree(EXPERIMENTS, tmp_path_factory.mktemp("again") / "experiments")
+    (copied / "methods.yaml").unlink()  # its tables and picture have a test of their own
+    for folder in STUDIES:
+        write_results(read_study(copied / folder.name), None, copied / "README.md")
+    return copied
+
+
+@pytest.mark.parametrize("name", ["README.md", *(folder.name for folder in STUDIES)])
+def test_a_page_that_is_made_again_is_the_same(made_again, name):
+    """So no digit, verdict or word of a made part was typed, also not in the overview."""
+    before = EXPERIMENTS / name
+    files = [before] if before.is_file() else [f for f in before.iterdir() if f.is_file()]
+    for file in files:
+        assert (made_again / file.relative_to(EXPERIMENTS)).read_bytes() == file.read_bytes(), file
+
+
+def check_row(row: dict[str, str], expected: dict[str, float | None], interval) -> int:
+    """Hold a row of a made file against what its runs' scores give."""
+    low, high = interval.low, interval.high
+    if "prompts" in row["over"] and row["low"]:  # whose outcomes are not in the files
+        low, high = float(row["low"]), float(row["high"])
+        assert low <= interval.value <= high, row
+    elif not row["low"]:
+        low = high = None
+    expected = {**expected, "low": low, "high": high}
+    for key, number in expected.items():
+        found = float(row[key]) if row[key] else None
+        assert found == (None if number is None else pytest.approx(number, rel=1e-6)), row
+    return len(expected)
+
+
+def check_files(folder: Path) -> int:
+    """Hold the means, spreads and differences of the made files of a study against the scores of
+    its runs, and intervals over seeds alone too; returns how many there were.
+    """
+    checked, study = 0, read_study(folder)
+    lines = {table.name: recorded_lines(folder / f"{table.name}.csv") for table in study.tables}
+    for name, of_table in lines.items():
+        file = folder / f"{name}_intervals.csv"
+        for row in rows_of(file) if file.is_file() else ():
+            who, steps, key = row["who"], int(row["steps"]), row["measure"]
+            found = [line for line in of_table if (line.who, line.steps) == (who, steps)]
+            (line,) = [each for each in found if who == "teacher" or each.group == row["group"]]
+            spread = statistics.stdev(line.values[key]) if line.values[key][1:] else None
+            expected = {"mean": statistics.fmean(line.values[key]), "std": spread}
+            checked += check_row(row, expected, mean_interval(line.samples[key]))
+    for claim, row in zip(study.claims, rows_of(folder / "claims.csv"), strict=True):
+        found = verdict(claim, lines[claim.table]).difference
+        assert (found is None) == (not row["difference"]), row
+        if found:
+            assert row["seeds"] == " and ".join(map(str, found.seeds))
+            expected = {"difference": found.interval.value}
+            checked += check_row(row, expected, found.interval)
+    return checked
+
+
+@names(STUDIES)
+def test_every_number_of_the_made_files_follows_from_the_scores_of_the_runs(folder):
+    check_files(folder)
 
 
 # -- the table of all methods ----------------------------------------------------------------------
@@ -287,14 +358,6 @@ def test_a_page_without_runs_is_made_from_the_files_and_stays_when_they_are_gone
     assert page.read_text(encoding="utf-8") == first
 
 
-def test_a_page_that_is_made_again_is_the_same(tmp_path):
-    folder = tmp_path / "methods_on_shapes"
-    shutil.copytree(EXPERIMENTS / "methods_on_shapes", folder)
-    before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-    write_results(read_study(folder), None, tmp_path / "README.md")
-    assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
-
-
 def test_a_number_that_is_typed_into_a_page_is_found(study, tmp_path):
     found = study({"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61, 0.62]})
     write_results(found, None, tmp_path / "README.md")
@@ -388,7 +451,8 @@ def test_a_job_that_does_not_compose_stops_the_study_before_its_first_run(study,
     [
         ("worker=2", "worker=2: no such option"),
         ("workers=0", "workers=0: must be a whole number above 0"),
-        ("page=all", "page=all: no such page"),
+        ("page=all", "page=all: must be one of complete"),
+        ("list=yes", "list=yes: must be one of true, false"),  # and not a study that begins
         ("only=x", "only=x: there is no job x"),
     ],
 )

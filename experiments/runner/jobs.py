@@ -23,10 +23,11 @@ from distill.config.errors import sentence
 from distill.config.location import CONF_DIR
 from distill.machine.signals import child_environment, forward, new_session
 from distill.storage.bounded import mapping_of
-from distill.storage.locks import holder_of, one_writer
+from distill.storage.locks import Holder, holder_of, one_writer
 from runner.study import Job, Study, StudyError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+EVALUATION = "evaluation.json"
 EXIT_WAIT = 90.0  # ours: seconds in which a run saves whose runner was killed
 STOPPED = 3  # exit code of a call that was stopped, or whose budget ended
 
@@ -42,9 +43,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        if not (self.folder / "evaluation.json").is_file():
-            return False
-        return mapping_of(self.folder / "run.json").get("status") == "finished"
+        return is_finished(self.folder)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -62,12 +61,16 @@ class Run:
         file = self.folder / "run.json"
         if not file.is_file():
             return
-        before = mapping_of(file).get("overrides", [])
+        known = mapping_of(file)
+        before = known.get("overrides", [])
         before = [word for word in before if not word.startswith("run_dir=")]
         if sorted(before) != sorted(self.overrides):
             other = sorted(set(before) ^ set(self.overrides))
             what = f"was run with other settings ({', '.join(other)})"
             raise StudyError(f"{self.folder}: {what}; move it away, or choose another out=")
+        if known.get("status") == "finished" and not (self.has_checkpoint or self.is_finished):
+            what = f"has lost its {EVALUATION}"
+            raise StudyError(f"{self.folder}: {what}; evaluate it with distill.evaluate run=...")
 
 
 class Queue:
@@ -79,15 +82,11 @@ class Queue:
             raise StudyError(f"only={only}: there is no job {unknown[0]}")
         self.study, self.out, self.workers = study, out, workers
         # seed by seed, so that a study that is cut off has all jobs with fewer seeds
-        self.runs = [
-            Run(study, job, seed, out)
-            for seed in study.seeds
-            for job in study.jobs
-            if job.name in chosen
-        ]
-        self._lock = threading.Lock()
+        self._all = [Run(study, job, seed, out) for seed in study.seeds for job in study.jobs]
+        self.runs = [run for run in self._all if run.job.name in chosen]
+        self._lock = threading.RLock()  # a signal's handler may come while this thread has it
         self._waiting: list[Run] = []
-        self._running: dict[Run, subprocess.Popen] = {}
+        self._running: set[subprocess.Popen] = set()
         self._failed: list[Run] = []
         self._is_stopping = False
 
@@ -99,12 +98,14 @@ class Queue:
         """Run what is left for at most so many minutes; returns the exit code."""
         with self._mistakes():
             compose_all(self.runs)  # keys and options, before anything is written
-            for run in self.runs:
+            for run in self._all:  # those that are not chosen go into the page too
                 run.check_same()
-        with self._mistakes(), one_writer(self.out, "out"):
+        with self._mistakes(), one_writer(self.out, "out"), self._stopping_on_signals():
             self._prepare()
-            compose_all(self.runs, check=True)  # also files, which had to be prepared
-            return self._run_all(minutes)
+            if not self._is_stopping:
+                compose_all(self.runs, check=True)  # also files, which had to be prepared
+                self._run_all(minutes)
+            return self._summary()
 
     @contextmanager
     def _mistakes(self) -> Iterator[None]:
@@ -114,39 +115,62 @@ class Queue:
             raise StudyError(sentence(error)) from None
 
     def _prepare(self) -> None:
-        """Run the commands whose files are missing."""
+        """Run the commands whose files are missing, or were cut off."""
         for step in self.study.prepare:
             made = Path(step["makes"].replace("{out}", str(self.out)))
+            started = made.with_name(f".{made.name}.started")  # a part may be there already
             words = shlex.split(step["run"].replace("{out}", str(self.out)))
-            if made.exists():
+            if self._is_stopping or (made.exists() and not started.exists()):
                 continue
             print(f"preparing: {shlex.join(words)}", flush=True)
+            started.parent.mkdir(parents=True, exist_ok=True)
+            started.touch()
             words = [sys.executable if word == "python" else word for word in words]
-            if subprocess.run(words, env=environment()).returncode:
-                raise StudyError(f"prepare: this command failed: {step['run']}")
+            code = self._wait_for(words)
+            if code and not self._is_stopping:
+                what = f"this command failed: {step['run']}"
+                again = f"give it again, and remove {started} if you end it yourself"
+                raise StudyError(f"prepare: {what}; {again}")
+            if not code and not made.exists():
+                raise StudyError(f"prepare: {step['run']}: has not made {made}; correct makes")
+            if not code:
+                started.unlink()
 
-    def _run_all(self, minutes: float | None) -> int:
+    def _wait_for(self, words: list[str], **options: Any) -> int | None:
+        """Run a process to its end; returns its exit code, None if the queue is stopping."""
+        with self._lock:
+            if self._is_stopping:
+                return None
+            process = subprocess.Popen(words, env=environment(), **options, **new_session())
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.remove(process)
+        return code
+
+    def _run_all(self, minutes: float | None) -> None:
         self._waiting = [run for run in self.runs if not run.is_finished]
         total, left = len(self.runs), len(self._waiting)
         budget = f", for at most {minutes:g} minutes" if minutes else ""
         print(f"{self.study.name}: {left} of {total} runs to do, {self.workers} at a time{budget}")
         end = time.monotonic() + minutes * 60 if minutes else None
-        with self._stopping_on_signals():
-            workers = [threading.Thread(target=self._work) for _ in range(self.workers)]
-            for worker in workers:
-                worker.start()
-            while any(worker.is_alive() for worker in workers):
-                if end is not None and time.monotonic() > end and not self._is_stopping:
-                    print("the budget has ended: runs save and stop", flush=True)
-                    self._stop(signal.SIGTERM)
-                time.sleep(0.2)
-        return self._summary()
+        workers = [threading.Thread(target=self._work) for _ in range(self.workers)]
+        for worker in workers:
+            worker.start()
+        while any(worker.is_alive() for worker in workers):
+            if end is not None and time.monotonic() > end and not self._is_stopping:
+                print("the budget has ended: runs save and stop", flush=True)
+                self._stop(signal.SIGTERM)
+            time.sleep(0.2)
+
+    def raise_failed(self) -> None:
+        """Raise StudyError if runs have failed."""
+        if self._failed:
+            logs = ", ".join(str(run.log) for run in self._failed)
+            raise StudyError(f"{len(self._failed)} of {len(self.runs)} runs failed; see {logs}")
 
     def _summary(self) -> int:
         unfinished = [run for run in self.runs if not run.is_finished]
-        if self._failed:
-            logs = ", ".join(str(run.log) for run in self._failed)
-            raise StudyError(f"{len(self._failed)} runs failed; see {logs}")
         if unfinished:
             print(f"{len(unfinished)} runs are left; give the same command again")
             return STOPPED
@@ -162,7 +186,9 @@ class Queue:
             self._train(run)
 
     def _train(self, run: Run) -> None:
-        wait_until_free(run.folder)
+        if holder := holder_after_wait(run.folder):
+            self._fail(run, f"{run.folder} is still written by {holder}")
+            return
         run.log.parent.mkdir(parents=True, exist_ok=True)
         if not run.has_checkpoint:  # cut off before its first: begun anew
             shutil.rmtree(run.folder, ignore_errors=True)
@@ -170,28 +196,24 @@ class Queue:
         print(shlex.join(["python", "-m", "distill.run", *arguments]), flush=True)
         words = [sys.executable, "-m", "distill.run", *arguments]
         with run.log.open("ab") as log:
-            options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
-            with self._lock:
-                if self._is_stopping:
-                    return
-                process = subprocess.Popen(words, env=environment(), **options, **new_session())
-                self._running[run] = process
-            code = process.wait()
-        with self._lock:
-            del self._running[run]
-            stopping = self._is_stopping
+            code = self._wait_for(words, stdout=log, stderr=subprocess.STDOUT)
         if run.is_finished:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
             print(f"finished: {run.folder}", flush=True)
-        elif code and not stopping:
-            self._failed.append(run)
-            print(f"failed with exit code {code}: see {run.log}", flush=True)
+        elif not self._is_stopping:
+            ended = f"failed with exit code {code}" if code else "ended without an evaluation"
+            self._fail(run, f"{ended}: see {run.log}")
+
+    def _fail(self, run: Run, what: str) -> None:
+        self._failed.append(run)
+        print(what, flush=True)
 
     def _stop(self, number: int) -> None:
         """Have the running ones save and end; none is started any more."""
-        self._is_stopping = True
-        for process in list(self._running.values()):
-            forward(number, process)
+        with self._lock:  # none is just being started
+            self._is_stopping = True
+            for process in self._running:
+                forward(number, process)
 
     @contextmanager
     def _stopping_on_signals(self) -> Iterator[None]:
@@ -228,8 +250,18 @@ def compose_all(runs: list[Run], *, check: bool = False) -> None:
                 raise StudyError(f"job {run.job.name}: {sentence(error)}") from None
 
 
-def wait_until_free(folder: Path) -> None:
-    """Wait for a run that is saving because its runner was killed."""
+def holder_after_wait(folder: Path) -> Holder | None:
+    """The process that writes into a folder, after the time in which a run saves whose runner was
+    killed; None if there is none.
+    """
     end = time.monotonic() + EXIT_WAIT
-    while holder_of(folder) and time.monotonic() < end:
+    while (holder := holder_of(folder)) and time.monotonic() < end:
         time.sleep(0.5)
+    return holder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in this folder was trained to its end and evaluated."""
+    if not (folder / EVALUATION).is_file():
+        return False
+    return mapping_of(folder / "run.json").get("status") == "finished"

@@ -85,8 +85,18 @@ def _table_rows(
         own_keys = keys.get(group, "") if group != before else ""
         before = group
         seeds = max((row["seeds"] for row in cells.values()), key=int)
-        texts = [cell(key, cells[key]) if key in cells else "–" for key in table.measures]
+        texts = [_of_seeds(key, cells, seeds) for key in table.measures]
         yield [group, own_keys, str(steps), "" if who == "teacher" else seeds, *texts]
+
+
+def _of_seeds(key: str, cells: Mapping[str, Mapping[str, str]], seeds: str) -> str:
+    """The text of a measure in a line of so many seeds. It says if some of them lack the measure:
+    a run that has diverged has no distance.
+    """
+    if key not in cells:
+        return "–"
+    text, own = cell(key, cells[key]), cells[key]["seeds"]
+    return text if own == seeds else f"{text} ({own} of {seeds} seeds)"
 
 
 def _order(line: tuple[str, str, int], table: TableOf) -> tuple[int, int, int]:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation.results import comparable
 from distill.evaluation.statistics import mean_interval
 from distill.evaluation.tables import MEASURES, Row
 from distill.report.differences import SEEDS, Difference
 from distill.report.runs import COSTS, Line, Run, as_csv, lines_of, read_comparable
 from distill.storage.atomic import write_text_atomic
+from runner.jobs import is_finished
 from runner.methods import write_methods
 from runner.pages import read_rows, write_pages
 from runner.pictures import write_curves, write_grid
@@ -62,7 +64,7 @@ def runs_of(study: Study, table: TableOf, out: Path) -> dict[str, list[Run]]:
         for label, job in table.jobs.items()
     }
     folders = {
-        label: [folder for folder in found if (folder / "evaluation.json").is_file()]
+        label: [folder for folder in found if is_finished(folder)]
         for label, found in places.items()
     }
     order = [folder for found in folders.values() for folder in found]
@@ -70,7 +72,18 @@ def runs_of(study: Study, table: TableOf, out: Path) -> dict[str, list[Run]]:
         runs = dict(zip(order, read_comparable(order), strict=True))
     except (OSError, ValueError) as error:
         raise StudyError(str(error)) from None
-    return {label: [runs[f] for f in found] for label, found in folders.items() if found}
+    groups = {label: [runs[f] for f in found] for label, found in folders.items() if found}
+    for first, *others in groups.values():
+        for run in others:
+            _check_protocol(first, run)
+    return groups
+
+
+def _check_protocol(first: Run, run: Run) -> None:
+    """Raise StudyError for seeds of a job that were evaluated on other prompts or by others."""
+    if not comparable(first.protocol, run.protocol):
+        what = f"was evaluated by another protocol than {first.folder}"
+        raise StudyError(f"{run.folder}: {what}; evaluate both alike with distill.evaluate run=...")
 
 
 def _from_runs(study: Study, table: TableOf, groups: Mapping[str, list[Run]]) -> list[Line]:

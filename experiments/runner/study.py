@@ -1,5 +1,6 @@
 """study.yaml: the jobs of a study, their budget, the tables of its page and its claims."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from distill.config.trust import Loader
 from distill.evaluation.tables import MEASURES, steps_text
 from distill.storage.bounded import yaml_of
 
+FILE = "study.yaml"
 KEYS = {
     "seeds", "overrides", "evaluation", "teacher_steps", "budget", "prepare", "jobs", "tables",
     "claims",
@@ -18,6 +21,8 @@ JOB_KEYS = {"overrides", "about"}
 TABLE_KEYS = {"jobs", "steps", "measures", "about"}
 CLAIM_KEYS = {"claim", "paper", "a", "b", "measure", "steps", "times", "sign", "table"}
 PREPARE_KEYS = {"run", "makes"}
+BUDGET_KEYS = {"steps", "minutes"}
+NAME = re.compile(r"[\w-][\w.-]*")  # of a job: a folder
 TEACHER = "teacher"
 MEASURED = ("prompt_accuracy", "frechet", "diversity")
 
@@ -108,37 +113,70 @@ def _sets(overrides: Sequence[str], key: str) -> bool:
 
 def read_study(folder: Path) -> Study:
     """The study in this folder. Raises StudyError for a wrong or missing file."""
-    file = folder / "study.yaml"
+    file = folder / FILE
     if not file.is_file():
         raise StudyError(f"{file}: there is no such study; give the name of a folder that has one")
     try:
-        found = yaml.safe_load(yaml_of(file))
+        found = yaml.load(yaml_of(file), Loader=Loader)  # it refuses a job that is there twice
     except (ValueError, yaml.YAMLError) as error:
         raise StudyError(" ".join(str(error).split())) from None
-    found = _mapping(found, str(file), KEYS)
-    jobs = tuple(_job(str(file), name, node) for name, node in (found.get("jobs") or {}).items())
-    if not jobs:
-        raise StudyError(f"{file}: jobs: has none; add a name with its overrides")
-    budget = _mapping(found.get("budget") or {}, f"{file}: budget", {"steps", "minutes"})
+    where = str(file)
+    found = _mapping(found, where, KEYS)
+    nodes = found.get("jobs") or {}
+    if not isinstance(nodes, dict) or not nodes:
+        raise StudyError(f"{where}: jobs: has none; add a name with its overrides")
+    jobs = tuple(_job(where, name, node) for name, node in nodes.items())
+    budget = _budget(where, found.get("budget"))
     steps = [f"trainer.max_steps={budget['steps']}"] if "steps" in budget else []
-    tables = tuple(
-        _table(str(file), name, node or {}, [job.name for job in jobs])
-        for name, node in (found.get("tables") or {"results": {}}).items()
-    )
+    nodes = found.get("tables") or {"results": {}}
+    if not isinstance(nodes, dict):
+        raise StudyError(f"{where}: tables: must be names with what each has")
+    names = [job.name for job in jobs]
+    tables = tuple(_table(where, name, node or {}, names) for name, node in nodes.items())
     return Study(
         folder=folder,
-        seeds=tuple(found.get("seeds", (0, 1, 2))),
-        overrides=(*map(str, found.get("overrides", ())), *steps),
-        evaluation=tuple(map(str, found.get("evaluation", ()))),
-        teacher_steps=tuple(found.get("teacher_steps", ())),
+        seeds=_numbers(f"{where}: seeds", found.get("seeds", [0, 1, 2])) or (0, 1, 2),
+        overrides=(*_texts(f"{where}: overrides", found.get("overrides")), *steps),
+        evaluation=_texts(f"{where}: evaluation", found.get("evaluation")),
+        teacher_steps=_numbers(f"{where}: teacher_steps", found.get("teacher_steps")),
         minutes=budget.get("minutes"),
-        prepare=tuple(
-            _mapping(p, f"{file}: prepare", PREPARE_KEYS) for p in found.get("prepare", ())
-        ),
+        prepare=tuple(_prepared(where, node) for node in found.get("prepare") or ()),
         jobs=jobs,
         tables=tables,
-        claims=tuple(_claim(str(file), node, tables) for node in found.get("claims") or ()),
+        claims=tuple(_claim(where, node, tables) for node in found.get("claims") or ()),
     )
+
+
+def _budget(where: str, node: Any) -> dict[str, Any]:
+    found = _mapping(node or {}, f"{where}: budget", BUDGET_KEYS)
+    for key, value in found.items():
+        kind = int if key == "steps" else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or value <= 0:
+            raise StudyError(f"{where}: budget.{key}={value}: must be a number above 0")
+    return found
+
+
+def _prepared(where: str, node: Any) -> dict[str, str]:
+    found = _mapping(node, f"{where}: prepare", PREPARE_KEYS)
+    if missing := sorted(PREPARE_KEYS - found.keys()):
+        raise StudyError(f"{where}: prepare: {missing[0]} is missing in {node}")
+    return {key: str(value) for key, value in found.items()}
+
+
+def _texts(where: str, node: Any) -> tuple[str, ...]:
+    if not isinstance(node or [], list):
+        raise StudyError(f"{where}: must be a list of overrides, key=value")
+    return tuple(map(str, node or ()))
+
+
+def _numbers(where: str, node: Any) -> tuple[int, ...]:
+    """Whole numbers from 0, each once: a seed that is there twice is one run."""
+    found = node or []
+    if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
+        raise StudyError(f"{where}: must be a list of whole numbers from 0")
+    if len(set(found)) < len(found):
+        raise StudyError(f"{where}: has a number twice; leave one out")
+    return tuple(found)
 
 
 def _mapping(found: Any, where: str, keys: set[str]) -> dict[str, Any]:
@@ -153,11 +191,11 @@ def _job(where: str, name: str, node: Any) -> Job:
     """A job: a list of overrides, or {overrides, about}."""
     if isinstance(node, dict):
         node = _mapping(node, f"{where}: jobs.{name}", JOB_KEYS).get("overrides")
-    if not isinstance(node or [], list):
-        raise StudyError(f"{where}: jobs.{name}: must be a list of overrides, key=value")
     if str(name) == TEACHER:
         raise StudyError(f"{where}: jobs.{name}: this name means the teacher; choose another")
-    return Job(str(name), tuple(map(str, node or ())))
+    if not NAME.fullmatch(str(name)):
+        raise StudyError(f"{where}: jobs.{name}: give a name of letters, digits, '_', '-' and '.'")
+    return Job(str(name), _texts(f"{where}: jobs.{name}", node))
 
 
 def _table(where: str, name: str, node: Any, jobs: Sequence[str]) -> TableOf:
@@ -170,7 +208,8 @@ def _table(where: str, name: str, node: Any, jobs: Sequence[str]) -> TableOf:
     if unknown := [key for key in measures if key not in MEASURES]:
         what = f"no such measure; there are {', '.join(MEASURES)}"
         raise StudyError(f"{where}: tables.{name}.measures: {unknown[0]}: {what}")
-    return TableOf(str(name), chosen, tuple(found.get("steps", ())), measures)
+    steps = _numbers(f"{where}: tables.{name}.steps", found.get("steps"))
+    return TableOf(str(name), chosen, steps, measures)
 
 
 def _claim(where: str, node: Any, tables: Sequence[TableOf]) -> Claim:
@@ -187,18 +226,21 @@ def _claim(where: str, node: Any, tables: Sequence[TableOf]) -> Claim:
             raise StudyError(f"{where}: {side}={found[side]}: there is no such job in its table")
     if found["measure"] not in MEASURES:
         raise StudyError(f"{where}: measure={found['measure']}: there is no such measure")
-    steps = found.get("steps", 1)
+    steps, times = found.get("steps", 1), found.get("times", 1)
     pair = tuple(steps) if isinstance(steps, list) else (steps, steps)
-    if len(pair) != 2 or found.get("sign", "+") not in ("+", "-"):
+    numbers = len(pair) == 2 and all(type(n) is int for n in pair)
+    if not numbers or found.get("sign", "+") not in ("+", "-"):
         raise StudyError(f"{where}: steps are a number or two, sign is + or -")
+    if isinstance(times, bool) or not isinstance(times, int | float) or times <= 0:
+        raise StudyError(f"{where}: times={times}: must be a number above 0")
     return Claim(
         claim=str(found["claim"]),
         paper=str(found.get("paper", "")),
         a=str(found["a"]),
         b=str(found["b"]),
         measure=str(found["measure"]),
-        steps=(int(pair[0]), int(pair[1])),
-        times=float(found.get("times", 1)),
+        steps=pair,
+        times=float(times),
         sign=1 if found.get("sign", "+") == "+" else -1,
         table=str(table),
     )

@@ -187,6 +187,12 @@ def _why(found: Sequence[Difference], what: str, value: str) -> str:
 def notes(lines: Sequence[Line]) -> Iterator[str]:
     """Sentences on intervals that are missing, or that cover less than seeds and prompts."""
     students = [line for line in lines if line.who == "student"]
+    for line in students:
+        runs = max(map(len, line.values.values()), default=0)
+        for key in MAIN:
+            if 0 < (count := len(line.values.get(key, ()))) < runs:
+                what = f"{MEASURES[key].name.lower()} of {line.group}, {steps_text(line.steps)}"
+                yield f"Of {count} of {runs} runs alone, others have no finite one: {what}."
     for words, over in (
         ("No interval, for one seed and no outcomes of single prompts (evaluate anew)", ()),
         ("Interval over prompts alone, for one seed", ("prompts",)),
