@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 import os
 import re
 import statistics
@@ -262,6 +263,23 @@ def test_runs_of_one_seed_count_once(judged):
     lines = lines_of({"LADD": runs, "ADD": judged("a", ADD, [0.5, 0.51, 0.52])})
     assert not differences(lines)[0].stands
     assert differences(lines)[0].seeds == [1, 3]
+
+
+def test_a_run_that_has_diverged_is_named_and_not_silently_left_out(judged):
+    groups = {}
+    for name, lost in (("LADD", 1), ("ADD", 3)):
+        runs = judged(name, LADD, [0.8, 0.81, 0.82])
+        for run in runs[:lost]:
+            file = run.folder / "evaluation.json"
+            evaluation = json.loads(file.read_text(encoding="utf-8"))
+            for row in evaluation["rows"]:
+                row["frechet"] = math.nan
+            file.write_text(json.dumps(evaluation), encoding="utf-8")
+        groups[name] = [read_run(run.folder) for run in runs]
+    said = list(notes(lines_of(groups)))
+    end = "have a finite one, and the mean is over such runs."
+    assert f"Fréchet distance of LADD, 1 step: 2 of 3 runs {end}" in said
+    assert any(text.startswith("Fréchet distance of ADD, 1 step: 0 of 3 runs") for text in said)
 
 
 def test_other_prompts_are_not_compared(judged):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,14 @@ def test_other_steps_of_the_same_runs_are_paired_by_seed():
     found = paired_interval(a, b)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
     assert not difference_interval(a, b).excludes_zero  # as of other runs
+
+
+def test_other_seeds_are_not_paired():
+    """As many runs have the other number of steps, but not the same."""
+    a = Sample([0.5, 0.7, 0.9], seeds=("0", "1", "2"))
+    b = Sample([0.4, 0.61, 0.81], seeds=("0", "1", "3"))
+    assert paired_interval(a, b) == difference_interval(a, b)
+    assert paired_interval(a, replace(b, seeds=a.seeds)).excludes_zero
 
 
 def test_a_factor_scales_the_second():

@@ -21,7 +21,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 
 from run import main  # noqa: E402
-from runner.jobs import Queue, compose_all  # noqa: E402
+from runner.jobs import Queue, Run, compose_all  # noqa: E402
 from runner.methods import write_methods  # noqa: E402
 from runner.pages import replace_parts  # noqa: E402
 from runner.results import NOT_RUN, recorded_lines, verdict, write_results  # noqa: E402
@@ -387,6 +387,13 @@ def test_a_part_without_its_end_is_a_mistake(tmp_path):
         ({"claims": [{"claim": "c", "a": "a", "b": "b"}]}, "measure is missing"),
         ({"claims": [{**STUDY["claims"][0], "b": "x"}]}, "b=x: there is no such job"),
         ({"claims": [{**STUDY["claims"][0], "sign": 1}]}, "sign is + or -"),
+        ({"claims": [{**STUDY["claims"][0], "times": "x"}]}, "times=x: must be a number above 0"),
+        ({"seeds": [0, 1, 1]}, "seeds: has a number twice"),
+        ({"seeds": 3}, "seeds: must be a list of whole numbers"),
+        ({"overrides": "method=ladd"}, "overrides: must be a list of overrides"),
+        ({"jobs": {"../a": []}}, "jobs.../a: give a name of letters"),
+        ({"budget": {"minutes": 0}}, "budget.minutes=0: must be a number above 0"),
+        ({"prepare": [{"run": "x"}]}, "prepare: makes is missing"),
     ],
 )
 def test_a_mistake_of_a_study_is_one_sentence(study, changed, what):
@@ -394,6 +401,142 @@ def test_a_mistake_of_a_study_is_one_sentence(study, changed, what):
         study(**changed)
     assert what in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_job_that_is_there_twice_is_a_mistake(study):
+    folder = study().folder
+    (folder / "study.yaml").write_text("jobs:\n  a: []\n  a: [seed=1]\n", encoding="utf-8")
+    with pytest.raises(StudyError, match="duplicate key a"):
+        read_study(folder)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """Write the folder of a run that has this share of right prompts; returns the folder of all."""
+    out = tmp_path / "out"
+
+    def write(study, job, seed, right, status="finished", prompts=4):
+        (job,) = [each for each in study.jobs if each.name == job]
+        run = Run(study, job, seed, out)
+        run.folder.mkdir(parents=True)
+        outcomes = " ".join("1" * round(right * prompts) + "0" * round((1 - right) * prompts))
+        row = {"who": "student", "steps": 1, "prompt_accuracy": right, "outcomes": {}}
+        row["outcomes"] = {"prompt_accuracy": outcomes}
+        evaluation = {"protocol": {"prompts": prompts}, "rows": [row]}
+        facts = {"status": status, "overrides": run.overrides, "train_seconds": 1.0}
+        facts["images_seen"] = 16
+        for name, content in (("evaluation.json", evaluation), ("run.json", facts)):
+            (run.folder / name).write_text(json.dumps(content), encoding="utf-8")
+        (run.folder / "config.yaml").write_text(f"seed: {seed}\n", encoding="utf-8")
+        return out
+
+    return write
+
+
+def shown_in(folder: Path) -> dict[str, tuple[str, str]]:
+    """Job -> its seeds and share of right prompts in the table of a page."""
+    rows = table_in(part(folder / "README.md", "results"))
+    return {row[""]: (row["seeds"], row["Prompts right ↑"].partition(" ")[0]) for row in rows}
+
+
+def test_a_run_that_is_not_finished_is_not_in_the_page(study, ran, tmp_path):
+    """Also one that was evaluated by hand in the middle of its training."""
+    found = study()
+    for seed in (0, 1):
+        ran(found, "a", seed, 0.75)
+    out = ran(found, "a", 2, 0.0, status="interrupted")
+    write_results(found, out, tmp_path / "README.md", partial=True)
+    assert shown_in(found.folder) == {"a": ("2", "75.0%")}
+
+
+def test_seeds_of_a_job_that_were_evaluated_on_other_prompts_are_not_mixed(study, ran, tmp_path):
+    found = study()
+    ran(found, "a", 0, 0.75)
+    out = ran(found, "a", 1, 0.75, prompts=8)
+    with pytest.raises(StudyError, match="seed_1: was evaluated by another protocol"):
+        write_results(found, out, tmp_path / "README.md", partial=True)
+    assert not (found.folder / "results.csv").exists()
+
+
+def test_a_page_says_of_how_many_seeds_a_measure_is(study, tmp_path):
+    """A run that has diverged has no distance."""
+    found = study({"a": [0.8, "", 0.82], "b": [0.6, 0.61, 0.62]})
+    text = (found.folder / "results.csv").read_text(encoding="utf-8")
+    columns = text.splitlines()[0].split(",")
+    place, rows = columns.index("frechet"), [line.split(",") for line in text.splitlines()[1:]]
+    for row in rows:
+        row[place] = "400.0"
+    lines = [columns, *rows]
+    (found.folder / "results.csv").write_text(
+        "".join(",".join(line) + "\n" for line in lines), encoding="utf-8"
+    )
+    write_results(found, None, tmp_path / "README.md")
+    (row, _) = table_in(part(found.folder / "README.md", "results"))
+    assert row["seeds"] == "3"
+    assert row["Prompts right ↑"].endswith(" (2 of 3 seeds)")
+    check_numbers(found.folder)
+    assert "open: fewer than 3 seeds" in part(found.folder / "README.md", "claims")
+
+
+def test_other_settings_of_a_job_that_is_not_chosen_are_a_mistake_too(study, ran):
+    """Its numbers would go into the page."""
+    out = ran(study(), "b", 0, 0.5)
+    changed = study(jobs={"a": [], "b": ["method.renoise.m=2"]})
+    with pytest.raises(StudyError, match="was run with other settings"):
+        main([str(changed.folder), f"out={out}", "only=a"])
+
+
+def test_a_run_without_its_evaluation_is_not_thrown_away(study, ran):
+    found = study(jobs={"a": []}, claims=[])
+    out = ran(found, "a", 0, 0.5)
+    (out / "a" / "seed_0" / "evaluation.json").unlink()
+    with pytest.raises(StudyError, match="seed_0: has lost its evaluation.json; evaluate it"):
+        main([str(found.folder), f"out={out}"])
+    assert (out / "a" / "seed_0" / "run.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_numbers_of_the_others_in_the_page(study, ran):
+    found = study(seeds=[0])
+    out = ran(found, "a", 0, 0.75)
+    (out / "b").mkdir()
+    (out / "b" / "seed_0").write_text("a file where the folder of a run should be")
+    done = called(str(found.folder), f"out={out}", "page=partial")
+    assert done.returncode == 1
+    assert f"1 of 2 runs failed; see {out / 'b' / 'seed_0.log'}" in done.stderr
+    assert shown_in(found.folder) == {"a": ("1", "75.0%")}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_what_was_being_prepared_when_it_was_cut_off_is_prepared_again(study, ran, tmp_path):
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import sys, time, pathlib\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "first = not out.exists()\n"
+        "out.mkdir(exist_ok=True)\n"
+        "time.sleep(60 * first)\n"
+        "(out / 'whole').touch()\n"
+    )
+    step = {"run": f"python {script} {{out}}/data", "makes": "{out}/data"}
+    found = study(seeds=[0], jobs={"a": []}, claims=[], prepare=[step])
+    out = ran(found, "a", 0, 0.75)
+    words = [sys.executable, str(RUN), str(found.folder), f"out={out}"]
+    runner = subprocess.Popen(words)
+    end = time.monotonic() + 120
+    while not (out / "data").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(timeout=30) == 3
+    assert not (out / "data" / "whole").exists()
+    assert called(*words[2:]).returncode == 0
+    assert (out / "data" / "whole").exists()
+    assert "preparing" not in called(*words[2:]).stdout
 
 
 # -- running ---------------------------------------------------------------------------------------
@@ -459,6 +602,15 @@ def test_a_job_that_does_not_compose_stops_the_study_before_its_first_run(study,
 def test_an_option_that_is_wrong_is_one_sentence(study, word, what):
     with pytest.raises(StudyError, match=what):
         main([str(study().folder), word])
+
+
+def test_a_misspelt_study_and_a_question_for_help_are_answered(capsys):
+    with pytest.raises(StudyError, match=r"ad_shapes: there is no such study \(did you mean add_"):
+        main(["ad_shapes"])
+    with pytest.raises(StudyError, match="give a study: add_ablations, "):
+        main([])
+    assert main(["-h"]) == 0
+    assert "Studies: add_ablations, " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -40,11 +40,13 @@ class Sample:
         outcomes: the number of each prompt, by seed [S, P], whose means over prompts are the
             scores; None if they were not recorded.
         fixed: a model without seeds, a teacher: S is 1.
+        seeds: the name of each seed, to pair two samples of the same runs.
     """
 
     scores: Sequence[float]
     outcomes: np.ndarray | None = None
     fixed: bool = False
+    seeds: Sequence[object] = ()
 
     @property
     def has_seeds(self) -> bool:
@@ -83,8 +85,11 @@ def difference_interval(a: Sample, b: Sample, times: float = 1.0) -> Interval:
 
 
 def paired_interval(a: Sample, b: Sample, times: float = 1.0) -> Interval:
-    """The same for two samples of the same runs, at other numbers of steps: seeds are paired."""
-    if len(a.scores) != len(b.scores):
+    """The same for two samples of the same runs, at other numbers of steps: seeds are paired.
+
+    Samples of other seeds are compared as those of other runs.
+    """
+    if len(a.scores) != len(b.scores) or list(a.seeds) != list(b.seeds):
         return difference_interval(a, b, times)
     scores = [x - times * y for x, y in zip(a.scores, b.scores, strict=True)]
     both = (

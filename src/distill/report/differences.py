@@ -187,12 +187,7 @@ def _why(found: Sequence[Difference], what: str, value: str) -> str:
 def notes(lines: Sequence[Line]) -> Iterator[str]:
     """Sentences on intervals that are missing, or that cover less than seeds and prompts."""
     students = [line for line in lines if line.who == "student"]
-    for line in students:
-        runs = max(map(len, line.values.values()), default=0)
-        for key in MAIN:
-            if 0 < (count := len(line.values.get(key, ()))) < runs:
-                what = f"{MEASURES[key].name.lower()} of {line.group}, {steps_text(line.steps)}"
-                yield f"Of {count} of {runs} runs alone, others have no finite one: {what}."
+    yield from _without_scores(students)
     for words, over in (
         ("No interval, for one seed and no outcomes of single prompts (evaluate anew)", ()),
         ("Interval over prompts alone, for one seed", ("prompts",)),
@@ -204,3 +199,18 @@ def notes(lines: Sequence[Line]) -> Iterator[str]:
             if found:
                 groups = ", ".join(dict.fromkeys(line.group for line in found))
                 yield f"{words}: {MEASURES[key].name.lower()} of {groups}."
+
+
+def _without_scores(students: Sequence[Line]) -> Iterator[str]:
+    """Sentences on main measures that some runs of a line lack: those of a run that has diverged
+    are not finite, and the mean is over the others.
+    """
+    for key in MAIN:
+        known = {line.steps for line in students if key in line.values}
+        for line in (line for line in students if line.steps in known):
+            count = len(line.values.get(key, ()))
+            runs = max(map(len, line.values.values()), default=0)
+            if count < max(runs, 1):
+                have = f"{count} of {runs} runs have" if runs else "no run has"
+                what = f"{MEASURES[key].name} of {line.group}, {steps_text(line.steps)}"
+                yield f"{what}: {have} a finite one, and the mean is over such runs."

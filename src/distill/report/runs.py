@@ -269,8 +269,9 @@ def _sample(key: str, found: Sequence[tuple[Run, Row]], *, fixed: bool) -> Sampl
     outcomes = [[row.outcomes.get(key, ()) for row in rows] for rows in by_seed.values()]
     counts = {len(numbers) for seed in outcomes for numbers in seed}
     if len(counts) != 1 or 0 in counts:  # some lack them, or have them of other prompts
-        return Sample(scores, None, fixed)
-    return Sample(scores, np.array([np.mean(seed, axis=0) for seed in outcomes]), fixed)
+        return Sample(scores, None, fixed, tuple(by_seed))
+    means = np.array([np.mean(seed, axis=0) for seed in outcomes])
+    return Sample(scores, means, fixed, tuple(by_seed))
 
 
 def as_csv(groups: Mapping[str, Sequence[Run]]) -> str:
