@@ -14,10 +14,11 @@ import os
 import sys
 from pathlib import Path
 
-from distill.config.compose import nearest
 from runner.jobs import STOPPED, Queue
 from runner.results import write_results
 from runner.study import FILE, Study, StudyError, read_study
+
+from distill.config.compose import nearest
 
 HERE = Path(__file__).parent
 HELP = ("-h", "--help", "help")

@@ -101,9 +101,11 @@ class Queue:
             for run in self._all:  # those that are not chosen go into the page too
                 run.check_same()
         with self._mistakes(), one_writer(self.out, "out"), self._stopping_on_signals():
-            self._prepare()
+            left = [run for run in self.runs if not run.is_finished]
+            if left:  # finished ones no longer need what was prepared
+                self._prepare()
             if not self._is_stopping:
-                compose_all(self.runs, check=True)  # also files, which had to be prepared
+                compose_all(left, check=True)  # also files, which had to be prepared
                 self._run_all(minutes)
             return self._summary()
 
