@@ -342,6 +342,14 @@ def test_a_verdict_needs_three_seeds_and_an_interval_without_zero(study, a, b, s
     assert verdict(found.claims[0], lines).text.startswith(expected)
 
 
+@pytest.mark.parametrize("changed", [{"steps": 4}, {"measure": "frechet"}])
+def test_a_claim_on_what_its_runs_do_not_have_is_said_to_be_not_measured(study, changed):
+    scores = {"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61, 0.62]}
+    found = study(scores, claims=[{**STUDY["claims"][0], **changed}])
+    lines = recorded_lines(found.folder / "results.csv")
+    assert verdict(found.claims[0], lines).text == "open: not measured"
+
+
 def test_a_page_without_runs_is_made_from_the_files_and_stays_when_they_are_gone(study, tmp_path):
     found = study({"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61, 0.62]})
     page, overview = found.folder / "README.md", tmp_path / "README.md"

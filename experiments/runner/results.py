@@ -35,6 +35,7 @@ CLAIMS = (
     "verdict",
 )  # fmt: skip
 NOT_RUN = "open: not run"
+NOT_MEASURED = "open: not measured"  # its jobs were run, without this measure or number of steps
 
 
 def write_results(study: Study, out: Path | None, overview: Path, *, partial: bool = False) -> None:
@@ -144,13 +145,14 @@ class Verdict:
 
     claim: Claim
     difference: Difference | None
+    missing: str = NOT_RUN
 
     @property
     def text(self) -> str:
         """holds or does not, for at least SEEDS seeds and an interval without zero; else open."""
         found = self.difference
         if found is None:
-            return NOT_RUN
+            return self.missing
         if found.interval.low is None:
             return f"open: {found.reason}"
         if not found.has_seeds:
@@ -179,7 +181,8 @@ def verdict(claim: Claim, lines: Sequence[Line]) -> Verdict:
     ]
     a, b = sides
     if a is None or b is None:
-        return Verdict(claim, None)
+        known = {TEACHER if line.who == TEACHER else line.group for line in lines}
+        return Verdict(claim, None, NOT_MEASURED if {claim.a, claim.b} <= known else NOT_RUN)
     return Verdict(claim, Difference(claim.measure, a, b, claim.times))
 
 
@@ -203,7 +206,7 @@ def _write_claims(study: Study, found: Mapping[str, Sequence[Line]]) -> None:
     for claim in study.claims:
         kept = before.get((claim.table, claim.tested))
         lines = found.get(claim.table)
-        if lines is None and kept and kept["verdict"] != NOT_RUN:
+        if lines is None and kept and kept["verdict"] not in (NOT_RUN, NOT_MEASURED):
             rows.append([claim.claim, claim.paper, *(kept[key] for key in CLAIMS[2:])])
             continue
         if lines is None:
