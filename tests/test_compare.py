@@ -289,6 +289,18 @@ def test_other_prompts_are_not_compared(judged):
     assert not found.stands
 
 
+def test_an_evaluation_without_a_protocol_is_named(judged):
+    """As older versions wrote it: nothing says that its prompts are those of the others."""
+    old = judged("l", LADD, [0.8] * 3)
+    for run in old:
+        file = run.folder / "evaluation.json"
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**evaluation, "protocol": {}}), encoding="utf-8")
+    groups = {"LADD": [read_run(run.folder) for run in old], "ADD": judged("a", ADD, [0.5] * 3)}
+    said = [text for text in notes(lines_of(groups)) if "do not say on what prompts" in text]
+    assert [text.rpartition(": ")[2] for text in said] == ["LADD."]
+
+
 def test_outcomes_that_are_no_numbers_are_damage(judged, tmp_path):
     (run,) = judged("l", LADD, [0.5])
     file = run.folder / "evaluation.json"

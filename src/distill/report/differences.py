@@ -188,6 +188,9 @@ def notes(lines: Sequence[Line]) -> Iterator[str]:
     """Sentences on intervals that are missing, or that cover less than seeds and prompts."""
     students = [line for line in lines if line.who == "student"]
     yield from _without_scores(students)
+    if unknown := dict.fromkeys(line.group for line in students if not line.protocol):
+        what = "Their evaluations do not say on what prompts, and are taken as comparable"
+        yield f"{what}: {', '.join(unknown)}."
     for words, over in (
         ("No interval, for one seed and no outcomes of single prompts (evaluate anew)", ()),
         ("Interval over prompts alone, for one seed", ("prompts",)),
