@@ -286,6 +286,12 @@ def test_the_verdicts_of_a_page_are_those_of_the_rule(folder):
         assert f"[{folder.name}]({folder.name}/README.md) {line}" in overview
 
 
+def test_thirty_claims_at_least_have_three_seeds_and_an_interval():
+    rows = [row for folder in STUDIES for row in rows_of(folder / "claims.csv")]
+    seeds = [min(map(int, row["seeds"].split(" and "))) for row in rows if row["low"]]
+    assert sum(count >= 3 for count in seeds) >= 30
+
+
 @names(STUDIES)
 def test_the_jobs_of_a_study_compose(folder, tmp_path):
     study = read_study(folder)
