@@ -45,6 +45,20 @@ def fit(cfg: Any, method: Any, source: Any, steps: int, *callbacks: L.Callback) 
     return trainer
 
 
+class States(L.Callback):
+    """Gives optimisers their states before the first step, as they have them after many: heads of a
+    pool have none before they are drawn.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, method: Any) -> None:
+        for optimizer in trainer.optimizers:  # a step without effect makes the states
+            every = [p for group in optimizer.param_groups for p in group["params"]]
+            for p in getattr(optimizer, "_own", every):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
 def unet_overrides(folder: Path) -> list[str]:
     """Write a pipeline whose UNet has SD 1.5's layout and 37.5 M random weights, and latents.
 

@@ -5,8 +5,9 @@ downloaded.
         [folder=/dev/shm] [out=FOLDER] [small] [any overrides of distill.run]
 
 `memory` is what runs on small cards take: the peak of the allocator in the steps, beside the count
-of `doctor`. The allocator of a run with a target may hold no more than the target, less CONTEXT.
-Rows share a card, so their seconds are no measurement with at_once > 1.
+of `doctor`. Optimisers have their states from the first step on, as after many. The allocator of a
+run with a target may hold no more than the target, less CONTEXT. Rows share a card, so their
+seconds are no measurement with at_once > 1.
 
 `speed` is one network after another, alone on the card: the step, the passes that it cannot avoid,
 the quotient, the share of the card's matrix product in bfloat16 that the passes' operations reach
@@ -36,7 +37,7 @@ from children import Child, Failed  # before torch: it says how CUDA is asked fo
 # isort: split
 import lightning as L
 import torch
-from common import composed, fit, noise_latents
+from common import States, composed, fit, noise_latents
 from full_size_queue import Queue
 from full_size_rows import MEMORY, SPEED, Row
 from networks import latents_of, words_of, write
@@ -153,7 +154,7 @@ def hold(plan: Plan, row: Row, teacher: Path, place: Path) -> Held:
     torch.manual_seed(cfg.seed)
     source, method = build.build_training(cfg)
     steps = Steps()
-    fit(cfg, method, source, plan.steps, steps)
+    fit(cfg, method, source, plan.steps, States(), steps)
     seconds = statistics.median(b - a for a, b in zip(steps.ends[1:], steps.ends[2:], strict=False))
     peak = torch.cuda.max_memory_allocated() / GB if gpu() else 0.0
     reserved = torch.cuda.max_memory_reserved() / GB if gpu() else 0.0

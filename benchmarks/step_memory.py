@@ -28,7 +28,7 @@ import lightning as L
 import psutil
 import resident
 import torch
-from common import composed, fit, unet_overrides
+from common import States, composed, fit, unet_overrides
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,15 +49,6 @@ class Peak(L.Callback):
     def __init__(self, data: Any = None) -> None:
         self.held = self.added = 0
         self._data, self._profile = data, None
-
-    def on_train_start(self, trainer: L.Trainer, method: Any) -> None:
-        for optimizer in trainer.optimizers:  # a step without effect makes the states
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            own = getattr(optimizer, "_own", every)
-            for p in own:
-                p.grad = torch.zeros_like(p)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_start(self, trainer: L.Trainer, method: Any, *_: Any) -> None:
         if method.step == STEPS - 1:
@@ -165,7 +156,7 @@ def main() -> None:
         source, method = build.build_training(cfg)
         peak = Peak(source.dataset)
         trainable = sum(p.numel() for p in method.student.parameters())
-        fit(cfg, method, source, STEPS, *([] if torch.cuda.is_available() else [peak]))
+        fit(cfg, method, source, STEPS, States(), *([] if torch.cuda.is_available() else [peak]))
     print(f"{hardware()}; {torch.get_num_threads()} threads, {cfg.trainer.precision}")
     print(f"torch {torch.__version__}, {trainable / 1e6:.1f} M parameters trained by the student")
     if torch.cuda.is_available():

@@ -109,6 +109,32 @@ def test_every_network_of_full_size_has_a_row(benchmark):
         assert len(set(rows[mode])) == len(rows[mode])
 
 
+def test_steps_of_full_size_are_measured_with_every_state_of_many_steps(
+    benchmark, pipelines, shards, tmp_path
+):
+    """A head of NitroFusion's pool has no state before it is drawn: in few steps most are not."""
+    full_size = benchmark("full_size.py", "full_size")
+    found = {}
+
+    class Plan:
+        steps = 2
+
+        def settings(self, *_):
+            run = ["method=nitrofusion", "student=lora", "data.batch_size=2", "data.num_workers=0"]
+            mine = ["teacher=sd3", f"teacher.path={pipelines('mmdit')}", "data=latents"]
+            return [*mine, f"data.path={shards}", *run, "trainer.precision=32-true"]
+
+    class States(full_size["States"]):
+        def on_train_batch_start(self, trainer, method, *_):
+            heads = trainer.optimizers[1]
+            found.setdefault("states", len(heads.state))
+            found["heads"] = len(method.heads.heads)
+
+    full_size["hold"].__globals__["States"] = States
+    full_size["hold"](Plan(), full_size["MEMORY"][0], None, tmp_path)
+    assert found["states"] == found["heads"] == 480
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its rows are forks")
 @pytest.mark.parametrize(("mode", "words"), [
