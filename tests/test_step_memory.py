@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distill
 import families
+from distill.config.counting import can_shard
 from distill.config.step_memory import of_step
 from distill.core.transfers import Later
 from distill.machine.memory import Counter
@@ -83,6 +84,40 @@ def test_a_mask_of_captions_takes_all_of_them(family_folders):
         assert x[mask].shape == (30,)
         assert x[mask[..., 0]].shape == (6, 5)
         assert x[0, :2].shape == (2, 5)
+
+
+def test_a_video_is_counted_with_all_its_frames(command, family_folders):
+    words = [*families.words_of("wan", family_folders("wan")), "student=lora"]
+    within = [counted(*words, f"teacher.frames={n}", "data=renders").within for n in (9, 33)]
+    assert within[1] > 2 * within[0]
+    code, out, err = command("doctor", *words)
+    assert (code, err) == (0, "")
+    assert re.search(r"one process .* GB a process, [\d.]+ GB of them within a step", out)
+
+
+def test_the_reason_for_no_count_is_that_of_the_part(command, pipelines):
+    """Not Hydra's sentence about the call that failed."""
+    words = ["teacher=sd3", f"teacher.path={pipelines('mmdit')}", "method=nitrofusion"]
+    code, out, _ = command("doctor", *words, "discriminator.heads.width=17")
+    (line,) = (x for x in out.splitlines() if "activations are not counted" in x)
+    assert "not counted: discriminator.heads: width=17 must be a multiple of 16" in line
+    assert "Error in call" not in out
+
+
+@pytest.mark.parametrize(
+    "more", ["teacher.quantize=int8", "optimizer=adafactor", "loop.ema_device=cpu"]
+)
+def test_a_strategy_that_a_run_cannot_have_is_not_counted(more):
+    assert can_shard(distill.compose())
+    assert not can_shard(distill.compose(more))
+
+
+def test_the_doctor_has_no_row_for_what_cannot_be_sharded(command, pipelines):
+    words = [f"teacher.path={pipelines('mmdit')}", "student=lora", "teacher.quantize=int8"]
+    code, out, err = command("doctor", *words)
+    assert (code, err) == (0, "")
+    assert "one process or trainer=ddp" in out
+    assert "fsdp2" not in out.partition("held between")[2]
 
 
 def test_the_doctor_says_what_a_step_takes(command, pipelines):

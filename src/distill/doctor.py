@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from distill.config import validate
 from distill.config.compose import check_counts, processes, shipped
 from distill.config.defaults import with_placeholder_data
-from distill.config.errors import command
+from distill.config.errors import command, is_mistake, sentence
 from distill.config.generator import STUDENT
 from distill.data.named import expand
 from distill.machine import faults
@@ -36,6 +36,8 @@ WAIT = "wait for it, or choose another run_dir="
 RANK_PROCESS = "distill.training.rank_process"  # in the command of launched processes
 PREFETCH = 2  # batches that each DataLoader worker reads ahead: torch's prefetch_factor
 SAMPLE = 2**18  # ours: numbers per sample if its size is not known, as latents of 1024x1024
+SHARD = "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
+SAVE = "teacher.quantize=nf4, optimizer=adamw8bit or student.checkpointing=true"  # unsharded
 UNTRIED = "one process should work; report it if it does not"
 UNTESTED = {  # what should work on a system, and what does not
     "Darwin": "one process should work on the CPU, and may on an Apple GPU; report it if not",
@@ -115,38 +117,42 @@ def machine() -> Iterator[Line]:
 def fit(cfg: DictConfig) -> Iterator[Line]:
     """Whether the options fit together, and the least memory that training needs by strategy."""
     from distill.config.build import check
+    from distill.config.counting import counts, pipeline_of
 
     try:
         check(cfg)
+        counted, path, file = pipeline_of(cfg)
+        found = counts(path, file) if path.is_dir() else {}
         yield "ok", "the options of this configuration fit each other", ""
-    except ValueError as error:
-        yield "fail", str(error), ""
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        yield "fail", sentence(error), ""
         return
     if cfg.data.get("_target_") == validate.DRAWN:
         yield "warn", "no data given: renders of shapes are assumed", "data=images data.path=..."
-    path = Path(shipped(str(cfg.teacher.path)))
     if not path.is_dir():
-        yield (
-            "warn",
-            f"teacher.path={path} is no local pipeline folder",
-            "sizes are counted only there",
-        )
+        what = f"teacher.{'config' if file else 'path'}={path} is no local pipeline folder"
+        yield "warn", what, "sizes are counted only there"
         return
-    yield from memory_lines(cfg, path)
+    yield from memory_lines(counted, path, found, (file or path).name)
 
 
-def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
-    """The memory of teacher, student and sample pictures, compared with that of the machine."""
+def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str) -> Iterator[Line]:
+    """The memory of teacher, student and sample pictures, compared with that of the machine.
+
+    `counts` are the parameters of the teacher, which is `named` so.
+    """
     import torch
 
+    from distill.config.counting import can_shard
     from distill.machine import budget, hardware
     from distill.teachers.loading import sizes
 
-    counts = sizes.of_pipeline(path)
     part = "transformer" if "transformer" in counts else "unet"
     network, total = counts.get(part, 0), sum(counts.values())
     what = (
-        f"teacher {path.name}: denoiser {network / 1e6:.1f} M parameters in safetensors, all"
+        f"teacher {named}: denoiser {network / 1e6:.1f} M parameters in safetensors, all"
         f" {total / 1e6:.1f} M"
     )
     yield "ok" if network else "fail", what, "point teacher.path at a pipeline"
@@ -179,17 +185,17 @@ def memory_lines(cfg: DictConfig, path: Path) -> Iterator[Line]:
         if decoding:
             yield "ok", f"beside steps: {_listed(decoding, ' GB')}", ""
         on_top = f", {step.within / GB:.2f} GB of them within a step"
-    for name, share in {
-        "one process or trainer=ddp": 1,
-        f"trainer=fsdp2 on {count}": count,
-    }.items():
+    shards = can_shard(cfg)
+    rows = {"one process or trainer=ddp": 1}
+    rows |= {f"trainer=fsdp2 on {count}": count} if shards else {}
+    for name, share in rows.items():
         beside = sum(encoders.values()) + sum(decoding.values())
         taken = shared / share + beside + (step.within if step else 0)
         if step and share == 1:
             taken = max(step.peak, sum(step.held.values()) + sum(decoding.values()))
         level = "ok" if taken < 0.7 * room else "warn" if taken < room else "fail"
         what = f"{name}: {taken / GB:.2f} GB of {room / GB:.0f} GB a process{on_top}"
-        yield level, what, "more devices with trainer=fsdp2, or teacher.dtype=bfloat16"
+        yield level, what, SHARD if shards else SAVE
     if step:
         what = "these are counts: the allocator's fragments, workspaces and CUDA come on top"
         yield "ok", what, ""
@@ -222,7 +228,7 @@ def step_memory(cfg: DictConfig) -> tuple[Any, str]:
             build.settle_precision(cfg)
             return of_step(cfg, "cpu" if kind == "cpu" else "cuda"), ""
         except Exception as error:  # networks of many libraries, most of which read no meta tensors
-            return None, faults.first_line(error, 120)
+            return None, shown(sentence(error), 200)
 
 
 def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple[float, float]:
@@ -231,15 +237,14 @@ def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple
     """
     from hydra.utils import get_object
 
+    from distill.config.counting import shapes
     from distill.machine import budget
     from distill.teachers.loading import sizes
-    from distill.teachers.loading.reading import home_of
 
     count = network
     if str(cfg.student._target_).endswith(".lora"):
-        shapes = sizes.shapes(Path(home_of(path, part), part))
         targets = cfg.student.get("targets") or targets_of(get_object(str(cfg.teacher._target_)))
-        count = budget.adapters(shapes, list(targets), cfg.student.rank)
+        count = budget.adapters(shapes(path, part), list(targets), cfg.student.rank)
     elif cfg.student._target_ == STUDENT:
         from distill.students.stylegan import parameters
 

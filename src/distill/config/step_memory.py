@@ -141,7 +141,8 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         sides = _largest(data.get("buckets")) or [data.get("size") or 0] * 2
         if not all(sides):
             sides = [side * cells for side in teacher.latent_shape[-2:]]
-        batch["pixels"] = empty(count, 3, *sides)
+        frames = [teacher.frames] if len(teacher.latent_shape) > 3 else []  # of a video
+        batch["pixels"] = empty(count, 3, *frames, *sides)
         if data.get("masks"):
             batch[FILL] = empty(count, 1, *sides)
         if data.get("seeded"):

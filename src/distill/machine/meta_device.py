@@ -241,7 +241,9 @@ TO_HOST = {Tensor.to, Tensor.cpu}
 
 
 def _all_of(x: Tensor, index: Any) -> tuple[Tensor, Any]:
-    """A mask without values takes all: x and an index without that mask."""
+    """A mask or a bound without values takes all: x and an index without that mask or bound."""
+    if isinstance(index, slice) and any(map(_is_meta, (index.start, index.stop))):
+        return x, slice(None)
     if isinstance(index, Tensor) and index.is_meta and index.dtype == torch.bool:
         return x.flatten(0, index.dim() - 1) if index.dim() else x[None], ...
     return x, index

@@ -10,14 +10,13 @@ import torch
 
 from distill.core.limits import AT_ONCE, at_once
 from distill.machine.memory import peak
-from distill.storage.bounded import mapping_of
+from distill.storage.bounded import check_header, mapping_of
 from distill.teachers.loading import settings
 from distill.teachers.loading.locate import index_of
 from distill.teachers.loading.reading import home_of
 from distill.teachers.loading.shapes_only import without_weights
 from distill.terminal.shown import shown
 
-MOST_HEADER = 100_000_000  # bytes, as safetensors has it
 VARIANTS = (".fp16.", ".bf16.", ".non_ema.")
 
 
@@ -40,11 +39,14 @@ def _numbers(file: Path) -> int:
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors of a file, from its header; {} for a damaged one."""
+    """Name -> shape of the tensors of a file, from its header; {} for a damaged or too large
+    one.
+    """
     try:
+        check_header(file)
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            small = length < min(file.stat().st_size, MOST_HEADER)
+            small = length < file.stat().st_size
             header = json.loads(opened.read(length)) if small else {}
         return {name: x["shape"] for name, x in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -57,6 +59,15 @@ def shapes(folder: Path) -> dict[str, list[int]]:
     for file in sorted(folder.glob("*.safetensors")):
         found |= _shapes(file)
     return found
+
+
+def shapes_by_config(path: Path, part: str) -> dict[str, list[int]]:
+    """Name -> shape of the tensors of a network of diffusers in a pipeline folder, by its
+    configuration alone.
+    """
+    kind = getattr(diffusers, str(index_of(str(path))[part][1]))
+    model = without_weights(kind, Path(home_of(path, part), part), torch.float32)
+    return {name: list(x.shape) for name, x in model.state_dict().items()}
 
 
 def of_pipeline(path: Path) -> dict[str, int]:
