@@ -5,9 +5,12 @@ Derived from the makers' layouts: fused projections, swapped halves, other names
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -137,10 +140,93 @@ def sana(state: State) -> State:
     return made | {"pos_embed": torch.zeros(1, 4, 2), "y_embedder.y_embedding": torch.zeros(3, 2)}
 
 
+def lumina2(state: State) -> State:
+    state = fused(state, ("to_q", "to_k", "to_v"), "qkv")
+    pairs = [
+        (r"^time_caption_embed\.caption_embedder\.", "cap_embedder."),
+        (r"^time_caption_embed\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
+        (r"^time_caption_embed\.timestep_embedder\.linear_2\.", "t_embedder.mlp.2."),
+        (r"^norm_out\.linear_1\.", "final_layer.adaLN_modulation.1."),
+        (r"^norm_out\.linear_2\.", "final_layer.linear."),
+        (r"\.attn\.to_out\.0\.", ".attn.out."),
+        (r"\.attn\.norm_([qk])\.", r".attn.\1_norm."),
+        (r"\.attn\.", ".attention."),
+        (r"\.feed_forward\.linear_", ".feed_forward.w"),
+        (r"\.norm1\.linear\.", ".adaLN_modulation.1."),
+        (r"\.norm1\.(norm\.)?", ".attention_norm1."),
+        (r"\.norm2\.", ".attention_norm2."),
+    ]
+    return renamed(state, pairs) | {"norm_final.weight": torch.ones(3)}
+
+
+def chroma(state: State) -> State:
+    alone = {n: x for n, x in state.items() if n.startswith("single_")}
+    alone = renamed(alone, [(r"\.attn\.to_", ".to_")])
+    alone = fused(alone, ("to_q", "to_k", "to_v", "proj_mlp"), "linear1")
+    joint = {n: x for n, x in state.items() if n not in alone and not n.startswith("single_")}
+    joint = fused(joint, ("to_q", "to_k", "to_v"), "img_qkv")
+    joint = fused(joint, ("add_q_proj", "add_k_proj", "add_v_proj"), "txt_qkv")
+    pairs = [
+        (r"^x_embedder\.", "img_in."),
+        (r"^context_embedder\.", "txt_in."),
+        (r"^proj_out\.", "final_layer.linear."),
+        (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_1\.", r"\1.in_layer."),
+        (r"^(distilled_guidance_layer\.layers\.\d+)\.linear_2\.", r"\1.out_layer."),
+        (r"^(distilled_guidance_layer\.norms\.\d+)\.weight", r"\1.scale"),
+        (r"^single_transformer_blocks\.", "single_blocks."),
+        (r"^(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
+        (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
+        (r"^(single_blocks\.\d+)\.proj_out\.", r"\1.linear2."),
+        (r"^transformer_blocks\.", "double_blocks."),
+        (r"\.attn\.(img|txt)_qkv\.", r".\1_attn.qkv."),
+        (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
+        (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
+        (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
+        (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
+        (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
+        (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+        (r"\.ff\.net\.0\.proj\.", ".img_mlp.0."),
+        (r"\.ff\.net\.2\.", ".img_mlp.2."),
+        (r"\.ff_context\.net\.0\.proj\.", ".txt_mlp.0."),
+        (r"\.ff_context\.net\.2\.", ".txt_mlp.2."),
+    ]
+    return renamed(joint | alone, pairs)
+
+
+# diffusers splits what these makers have fused at the widths of the released models.
+WIDE: dict[str, dict] = {
+    "lumina2": {
+        "hidden_size": 2304, "num_attention_heads": 24, "num_kv_heads": 8, "num_layers": 1,
+        "axes_dim_rope": [32, 32, 32], "ffn_dim_multiplier": 0.01,
+    },
+    "chroma": {
+        "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 1,
+        "num_single_layers": 1, "axes_dims_rope": [16, 56, 56],
+    },
+}  # fmt: skip
+
+
+def widen(folder: Path, family: str) -> None:
+    """Give a pipeline folder a transformer of one block at the released width, in bfloat16."""
+    place = folder / "transformer"
+    config = json.loads((place / "config.json").read_text(encoding="utf-8")) | WIDE[family]
+    kind = getattr(diffusers, config["_class_name"])
+    with torch.device("meta"):
+        net = kind.from_config(config).to(torch.bfloat16)
+    noise = torch.randn(2**16 + 1).to(torch.bfloat16)
+    net.to_empty(device="cpu")
+    for values in net.state_dict().values():
+        for part in values.view(-1).split(len(noise)):
+            part.copy_(noise[: len(part)])
+    net.save_pretrained(place)
+
+
 LAYOUTS: dict[str, Callable[[State], State]] = {
     "zimage": z_image,
     "qwenimage": qwen_image,
     "flux2": flux2,
     "wan": wan,
     "sana": sana,
+    "lumina2": lumina2,
+    "chroma": chroma,
 }

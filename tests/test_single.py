@@ -5,7 +5,9 @@ was written from.
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import diffusers
@@ -144,9 +146,11 @@ def alone(tmp_path_factory):
         if family not in made:
             place = tmp_path_factory.mktemp(family)
             folder = families.write(family, place / "folder")
+            if family in makers.WIDE:
+                makers.widen(folder, family)
             (weights,) = (folder / "transformer").glob("*.safetensors")
             state = makers.LAYOUTS[family](load_file(weights))
-            if family != "flux2":  # ComfyUI's files have the prefix, makers' have not
+            if family not in ("flux2", "chroma"):  # ComfyUI's have the prefix, makers' have not
                 state = ldm.under("model.diffusion_model.", state)
             state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
             save_file(state, place / "model.safetensors")
@@ -158,15 +162,35 @@ def alone(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("family", makers.LAYOUTS)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in makers.WIDE else [])
+        for name in makers.LAYOUTS
+    ],
+)
 def test_a_transformer_in_its_makers_layout_is_the_folder(family, alone):
     folder, file, config = alone(family)
-    options = OPTIONS[family]
+    options = OPTIONS[family] | {"dtype": "bfloat16" if family in makers.WIDE else "float32"}
     whole = families.teacher_at(folder, **options)
-    single = type(whole)(str(file), config=str(config), dtype="float32", **options)
+    single = type(whole)(str(file), config=str(config), **options)
     assert tiny.same(single.state_dict(), whole.state_dict())
     assert single.folder is None
     assert single.pipeline.name_or_path is None
+
+
+def test_the_doctor_counts_a_single_file(alone, command):
+    """As the folder with the same weights: networks by teacher.config, their number by the file."""
+    folder, file, config = alone("zimage")
+    words = ["teacher=z_image", "student=lora", "trainer.precision=32-true"]
+    found = []
+    for more in ([f"teacher.path={folder}"], [f"teacher.path={file}", f"teacher.config={config}"]):
+        code, out, err = command("doctor", *words, "teacher.dtype=float32", *more)
+        assert (code, err) == (0, "")
+        lines = [x for x in out.splitlines() if " of them within a step" in x or "held betw" in x]
+        assert len(lines) == 3
+        found.append((lines, re.search(r"denoiser ([\d.]+) M", out)[1]))
+    assert found[0] == found[1]
 
 
 def test_a_transformer_that_does_not_fit_is_one_sentence(alone, tmp_path):
@@ -324,6 +348,24 @@ def test_zero_terminal_snr_is_heeded(written, tmp_path):
     said = said_of(SDXL, path, config=str(own))
     assert "has zero terminal SNR, and teacher.config=" in said
     assert said.endswith("rescale_betas_zero_snr=true")
+
+
+def test_a_file_of_a_million_tensors_is_refused_before_they_are_read(written, tmp_path):
+    """Libraries read so many in a minute."""
+    whole, _, config = written("sd15")
+    one = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{i}": one for i in range(30_001)}).encode()
+    path = tmp_path / "many.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    said = f"{path}: has 30,001 tensors, and a file of weights may have 30,000; give the "
+    assert said in said_of(SD, path, config=str(config))
+    folder = shutil.copytree(whole, tmp_path / "folder")
+    shutil.copy(path, folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "may have 30,000; give the weights of one model" in said_of(SD, folder)
+    path.write_bytes(struct.pack("<Q", 2**25) + bytes(2**25))
+    assert "its header: has 32 MiB, and such a file may have 16 MiB" in said_of(
+        SD, path, config=str(config)
+    )
 
 
 def test_a_part_that_is_nowhere_is_named(written, tmp_path):
