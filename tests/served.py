@@ -25,7 +25,8 @@ class Served:
     """A folder at `url`. `asked` has method and path of every request.
 
     status: answer every request by it, if not None. failing: so many of the next requests get a
-    503. stalls: nothing is answered. slow: seconds before the content of a file.
+    503. stalls: nothing is answered. slow: seconds before the content of a file. says: name of a
+    file -> the size that is said of it, where it is wrong.
     """
 
     def __init__(self, folder: Path):
@@ -33,6 +34,7 @@ class Served:
         self.asked: list[tuple[str, str]] = []
         self.status: int | None = None
         self.failing, self.stalls, self.slow = 0, False, 0.0
+        self.says: dict[str, int] = {}
 
     def fetched(self, name: str) -> int:
         """How often the content of this file was asked for."""
@@ -81,6 +83,8 @@ def serve(folder: Path, kind: str = "http") -> Iterator[Served]:
                 more["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
                 data, status = data[first : last + 1], 206
             time.sleep(served.slow)
+            if not with_body and found.name in served.says:
+                data = bytes(served.says[found.name])
             return self._send(status, data, more, with_body=with_body)
 
         def _send(self, status, data, more, *, with_body=True):

@@ -81,9 +81,13 @@ def test_by_default_it_refines_the_shipped_student(command, tmp_path):
 def test_prompts_alone_need_a_teacher_that_samples(command, pipelines, tmp_path):
     (tmp_path / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
     where = [f"teacher.path={pipelines('mmdit')}", f"data.path={tmp_path / 'prompts.txt'}"]
-    code, _, err = command("run", "method=ladd", "data=prompts", "debug=smoke", "~metrics", *where)
+    code, out, err = command(
+        "run", "method=ladd", "data=prompts", "debug=smoke", "~metrics", *where
+    )
     assert code == 1
-    assert "distill: these data are captions alone: set method.real" in err
+    assert err.startswith("distill: method.real=null: these data are captions alone, without ")
+    assert "set method.real, by which" in err
+    assert "loading" not in out  # before weights are read
 
 
 def test_regression_on_pairs_needs_pairs(teachers):

@@ -245,6 +245,27 @@ def test_a_cut_download_is_no_shard(memory, tmp_path, monkeypatch):
     assert not files_of(tmp_path / "cache" / "distill" / "shards")
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("x-000.tar", 700, "its store says that it has 700 bytes; if it has more, copy it to a "),
+        ("x-000.tar", 10**6, r"sent \d+ at byte 0 instead of 1000000; try again, or copy it to a "),
+        ("manifest.json", 4, "its manifest.json is no JSON (.*); repair it there, or if its store"),
+    ],
+)
+def test_a_server_that_says_a_wrong_size_is_named(name, size, said, folder, tmp_path):
+    """By its address, and not by the copy on this disk."""
+    mine = shutil.copytree(folder, tmp_path / "served")
+    (mine / "manifest.json").write_text('{"what": "latents"}', encoding="utf-8")
+    with serve(mine) as served:
+        served.says = {name: size}
+        with pytest.raises((ValueError, OSError), match=said) as caught:
+            batches(f"{served.url}/x-000.tar")
+        assert str(caught.value).startswith("data.path")
+        assert f"{served.url}/x-000.tar" in str(caught.value)
+    assert "shards/" not in str(caught.value)
+
+
 def test_a_folder_for_copies_that_cannot_be_made(memory, tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match=r"data\.cache_dir=.*cannot be made"):

@@ -1,6 +1,4 @@
-"""Check that method, data and sampler of a run on preferences belong together, and that a LoRA to
-add exists.
-"""
+"""Check that the method of a run belongs to its data and sampler, and that a LoRA to add exists."""
 
 import math
 
@@ -8,22 +6,32 @@ from omegaconf import DictConfig
 
 from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
+from distill.core.limits import NO_SAMPLES
 from distill.storage import source_code
 from distill.teachers.loading import locate
 
 PREFERENCES = "distill.data.source.preferences"
-OTHERS = tuple(f"distill.data.source.{name}" for name in ("images", "latents", "prompts", "drawn"))
+PROMPTS = "distill.data.source.prompts"
+OTHERS = (
+    *(f"distill.data.source.{name}" for name in ("images", "latents", "drawn")),
+    PROMPTS,
+)
 
 
 def check_preference(cfg: DictConfig) -> None:
-    """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, and
-    for pairs or the sampler of many steps with another method.
+    """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, for
+    pairs or the sampler of many steps with another method, and for captions alone where nothing
+    makes samples.
     """
     method = str(cfg.method._target_)
     of_pairs, many_steps = (
         bool(source_code.attribute(method, name)) for name in ("of_pairs", "many_steps")
     )
     _check_data(cfg.data, of_pairs)
+    # A method of one's own may make its samples itself.
+    ours = method.startswith("distill.")
+    if ours and str(cfg.data._target_) == PROMPTS and cfg.method.get("real") is None:
+        raise ValueError(NO_SAMPLES)
     if many_steps != _keeps_steps(str(cfg.sampler._target_)):
         what = "keeps the teacher's many steps" if many_steps else "trains few steps"
         chosen = "sampler=guided" if many_steps else "sampler=consistency or the like"

@@ -24,6 +24,10 @@ SHIFT: dict[str, tuple[Any, str]] = {
 AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
 # ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
 BYTES_AT_ONCE = 4 * 2**30
+NO_SAMPLES = (
+    "method.real=null: these data are captions alone, without samples; set method.real, by which"
+    " the teacher generates them, as in experiment=nitrosd_realism, or give data with samples"
+)
 
 
 def at_once(height: int, width: int, most: int | None = None) -> int:

@@ -192,7 +192,7 @@ def _one(
             with part.open("wb") as written:
                 for block in stores.blocks(stored):
                     written.write(block)
-            places = index(str(part), masked(stored.url))
+            places = _indexed(index, part, stored)
             found: dict[str, Places] = {
                 key: {end: _at(place, stored.url) for end, place in of.items()}
                 for key, of in places.items()
@@ -205,6 +205,18 @@ def _one(
         finally:
             part.unlink(missing_ok=True)
         return found, str(file) if room else None
+
+
+def _indexed(
+    index: Callable[[str, str], dict[str, Places]], part: Path, stored: Stored
+) -> dict[str, Places]:
+    """The positions in a shard that was fetched whole, by the size that its store says."""
+    try:
+        return index(str(part), masked(stored.url))
+    except ValueError as error:
+        size = f"its store says that it has {stored.size:,} bytes"
+        what = f"{str(error).rstrip('.')} ({size}; if it has more, copy it to a disk and give that)"
+        raise ValueError(f"data.path: {what}") from None
 
 
 def _at(place: object, url: str) -> tuple[str, int, int]:

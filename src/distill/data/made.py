@@ -15,6 +15,7 @@ from distill.data.write import MANIFEST, NULL
 from distill.machine.faults import first_line
 from distill.storage import fingerprints as content
 from distill.storage.bounded import MIB, check_archive, mapping_of
+from distill.terminal.secret import masked
 from distill.terminal.shown import shown
 
 # Settings that must be equal for shards of several folders: one null caption and one set of
@@ -34,7 +35,8 @@ def made_of(path: str, cache: Cache | None = None) -> tuple[Path, dict[str, Any]
     Raises ValueError if the shard job is not finished, or for folders of different jobs.
     """
     about: dict[Path, dict[str, Any]] = {}
-    for folder in sorted({_folder_of(shard, cache or Cache.of()) for shard in expand(path)}):
+    named = {_folder_of(shard, cache or Cache.of()): _parent(shard) for shard in expand(path)}
+    for folder in sorted(named):
         finished = (folder / MANIFEST).is_file()
         if (folder / BEGUN).is_file() and not finished:
             raise ValueError(
@@ -47,10 +49,9 @@ def made_of(path: str, cache: Cache | None = None) -> tuple[Path, dict[str, Any]
         pairs = {key: (about[first].get(key), about[other].get(key)) for key in SHARED}
         differs = [key for key, pair in pairs.items() if not content.maybe_same_path(*pair)]
         if differs:
-            raise ValueError(
-                f"data.path={path}: {first} and {other} were made with another {differs[0]};"
-                " give one"
-            )
+            both = f"{named[first]} and {named[other]}"
+            what = f"{both} were made with another {differs[0]}; give one"
+            raise ValueError(f"data.path={masked(path)}: {what}")
     return first, about[first]
 
 
@@ -61,13 +62,26 @@ def _folder_of(shard: str, cache: Cache) -> Path:
     return mirrored(shard.rpartition("/")[0], (BEGUN, MANIFEST, NULL), cache, MOST_NULL)
 
 
+def _parent(shard: str) -> str:
+    """The folder of a shard as the user knows it."""
+    return masked(shard.rpartition("/")[0]) if stores.is_url(shard) else str(Path(shard).parent)
+
+
 def _manifest(file: Path, path: str) -> dict[str, Any]:
     """The manifest; ValueError for one that is not ours."""
-    found = mapping_of(file)
+    try:
+        found = mapping_of(file)
+    except ValueError as error:
+        if not stores.is_url(path):
+            raise
+        # `file` is a copy on this disk, of which the user knows nothing.
+        what = first_line(error, 300).removeprefix(f"{file}: ").partition(";")[0]
+        advice = "repair it there, or if its store says a wrong size copy all to a disk"
+        raise ValueError(f"data.path={masked(path)}: its {file.name} {what}; {advice}") from None
     for key, kinds in TYPES.items():
         if not _is_of(found.get(key), *kinds):
             what = f"its {file.name} says {key}={shown(found[key], 80)}"
-            raise ValueError(f"data.path={path}: {what}; make it anew")
+            raise ValueError(f"data.path={masked(path)}: {what}; make it anew")
     return found
 
 
@@ -90,5 +104,5 @@ def null_of(file: Path, path: str) -> dict[str, Tensor]:
             raise ValueError("it is not of finite numbers in half precision")
     except Exception as error:  # damaged archives raise nearly anything
         what = f"its {file.name} is no embedded caption ({first_line(error, 120)}); make it anew"
-        raise ValueError(f"data.path={path}: {what}") from None
+        raise ValueError(f"data.path={masked(path)}: {what}") from None
     return found

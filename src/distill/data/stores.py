@@ -320,7 +320,8 @@ def blocks(stored: Stored) -> Iterable[bytes]:
         if len(data) == stored.size and not start:  # a server without ranges sends all of it
             size = len(data)
         if len(data) != size:
-            what = f"sent {len(data)} bytes at byte {start} instead of {size}"
-            raise Unreachable(f"data.path: {masked(stored.url)}: its store {what}; try again")
+            what = f"says that it has {stored.size} bytes, and sent {len(data)} at byte {start}"
+            what = f"{masked(stored.url)}: its store {what} instead of {size}"
+            raise Unreachable(f"data.path: {what}; try again, or copy it to a disk and give that")
         yield data
         at += size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.ema import Ema
-from distill.core.limits import check_score_teacher, check_space
+from distill.core.limits import NO_SAMPLES, check_score_teacher, check_space
 from distill.core.process import column, level_like
 from distill.core.randomness import Streams
 from distill.core.types import (
@@ -247,8 +247,7 @@ class Distillation(L.LightningModule, ABC):
             pixels = batch["pixels"]
             x0 = self.teacher.encode(pixels)
         else:
-            advice = "set method.real, with which the teacher generates the samples"
-            raise ValueError(f"these data are captions alone: {advice}")
+            raise ValueError(NO_SAMPLES)
         return Batch(x0=x0, captions=captions, cond=cond, noise=noise, pixels=pixels)
 
     def _sampled_shape(self, common: torch.Generator | None) -> tuple[int, ...]:

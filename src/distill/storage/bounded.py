@@ -3,6 +3,7 @@
     json_of(file), mapping_of(file)  JSON
     yaml_of(file)                    the text of a YAML file, for OmegaConf.load or yaml.safe_load
     check_archive(file)              an archive of torch or NumPy, before they read it
+    check_header(file)               the header of a safetensors file, before it is read
 
 Nothing here imports a slow library.
 """
@@ -28,6 +29,9 @@ YAML = 4 * MIB  # bytes
 YAML_NODES = 100_000  # values, counted again for every alias
 YAML_DEPTH = 64  # nested values
 LINES = 1024 * MIB  # bytes of a list of prompts, ten million of them
+HEADER = 16 * MIB  # ours: bytes of a safetensors file's header, its metadata included
+# Ours: tensors of one file; the largest known models have a tenth. Libraries read 15,000 a second.
+TENSORS = 30_000
 MOST_DIGITS = 100  # ours: of a whole number in YAML; Python prints at most 4300
 LARGEST = 10**15  # of a whole number: those of JSON may be larger than any float
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -224,6 +228,24 @@ def check_yaml(text: str, where: str) -> None:
 def _too_much(where: str) -> ValueError:
     what = f"holds more than {YAML_NODES:,} values, or values nested more than {YAML_DEPTH} deep"
     return ValueError(f"{where}: {what}, with its aliases expanded; write it in a simpler way")
+
+
+def check_header(file: Path) -> None:
+    """Raise ValueError, naming the file, for a safetensors file with so many tensors, or with so
+    large a header, that reading it takes minutes. Other and damaged files are ignored.
+    """
+    if file.suffix != ".safetensors":
+        return
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:  # its reader reports it
+            return
+        if length > HEADER:
+            raise too_large_error(f"{file}: its header", length, HEADER)
+        count = opened.read(length).count(b'"data_offsets"')
+    if count > TENSORS:
+        what = f"has {count:,} tensors, and a file of weights may have {TENSORS:,}"
+        raise ValueError(f"{file}: {what}; give the weights of one model")
 
 
 def check_archive(file: Path, most: float = math.inf) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 
 from distill.storage.atomic import remove, write_atomic
-from distill.storage.bounded import mapping_of
+from distill.storage.bounded import check_header, mapping_of
 from distill.storage.safe_paths import is_own
 from distill.teachers.loading.locate import INDEX, STUDENT_INFO, WEIGHTS, index_of, shards_in
 from distill.teachers.loading.reading import BASE, home_of, lineage
@@ -148,6 +148,7 @@ def _is_of_model(file: Path) -> bool:
             settings = mapping_of(file)
             return not NETWORKS_OWN.isdisjoint(settings) or "weight_map" in settings
         if file.suffix == ".safetensors":
+            check_header(file)
             with safe_open(file, "pt") as opened:
                 return bool(opened.keys())
         with zipfile.ZipFile(file) as archive:  # as torch writes them

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distill.storage.bounded import check_archive
+from distill.storage.bounded import check_archive, check_header
 from distill.storage.loaded_weights import SCALED, advice, first_few
 from distill.teachers.loading.locate import PICKLED
 
@@ -47,7 +47,10 @@ TEXT = re.compile(  # ends of names in text encoders; some include a tokenizer
 
 
 def held_in(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of the tensors in a file, without reading them."""
+    """Name -> shape of the tensors in a file, without reading them. Raises ValueError for too many
+    of them.
+    """
+    check_header(file)
     if file.suffix in PICKLED:
         check_archive(file)
         state = torch.load(file, weights_only=True, map_location="meta")

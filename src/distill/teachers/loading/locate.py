@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.storage.bounded import MIB, is_number, mapping_of, too_large_error
+from distill.storage.bounded import MIB, check_header, is_number, mapping_of, too_large_error
 from distill.storage.hub_settings import check_hub_settings
 from distill.teachers import families
 from distill.terminal.shown import shown
@@ -231,6 +231,8 @@ def check_part(folder: Path, where: str) -> None:
 
 
 def _check_files(folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        check_header(file)
     for file in sorted(folder.glob("*.json")):
         if ".index." in file.name:
             shards_in(file)

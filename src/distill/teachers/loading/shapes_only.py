@@ -8,6 +8,8 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from distill.storage.bounded import check_header
+
 
 def without_weights(network: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The network of this configuration on meta tensors; of its files config.json alone is read."""
@@ -25,6 +27,7 @@ def without_weights(network: Any, folder: Path, dtype: torch.dtype) -> nn.Module
 def stored(folder: Path, name: str) -> Tensor | None:
     """One tensor of the safetensors files of a folder, or None."""
     for file in sorted(folder.glob("*.safetensors")):
+        check_header(file)
         with safe_open(file, "pt") as opened:
             if name in opened.keys():  # noqa: SIM118
                 found: Tensor = opened.get_tensor(name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill.machine.faults import first_line
 from distill.storage.atomic import atomic_file
-from distill.storage.bounded import parse_json_object
+from distill.storage.bounded import check_header, parse_json_object
 from distill.storage.loaded_weights import check_finite, tensors_of
 from distill.teachers.loading.locate import in_repository, lora_in, no_file
 from distill.teachers.loading.lora_files import add_lora
@@ -95,8 +95,10 @@ def local_file(path: str, key: str) -> Path:
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a safetensors or torch file, also under `state_dict`, and our metadata.
 
-    Raises ValueError for a damaged file.
+    Raises ValueError for a damaged file, and for one of too many tensors.
     """
+    if file.is_file():
+        check_header(file)
     try:
         if file.suffix != ".safetensors":
             return tensors_of(file), {}
@@ -123,6 +125,7 @@ def readable(where: str) -> Iterator[None]:
 
 def about_weights(file: Path) -> dict[str, Any]:
     """Our metadata in a safetensors file, without its tensors; {} for a file of others."""
+    check_header(file)
     with safe_open(file, "pt") as opened:
         return parse_json_object(
             (opened.metadata() or {}).get("distill", "{}"), f"{file}: its metadata"
