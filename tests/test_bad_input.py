@@ -507,6 +507,7 @@ def test_a_single_file_that_is_none(refused, copied, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star", encoding="utf-8")
     file = tmp_path / "x.safetensors"
     data = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}"]
+    data += ["+method.real._target_=distill.core.score_distillation.TeacherSamples"]
     single = ["teacher=sd15", f"teacher.path={file}", *data]
     said = refused("run", *single, f"teacher.config={copied('unet')}")
     assert said.startswith(

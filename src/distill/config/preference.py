@@ -19,19 +19,14 @@ OTHERS = (
 
 
 def check_preference(cfg: DictConfig) -> None:
-    """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, for
-    pairs or the sampler of many steps with another method, and for captions alone where nothing
-    makes samples.
+    """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, and
+    for pairs or the sampler of many steps with another method.
     """
     method = str(cfg.method._target_)
     of_pairs, many_steps = (
         bool(source_code.attribute(method, name)) for name in ("of_pairs", "many_steps")
     )
     _check_data(cfg.data, of_pairs)
-    # A method of one's own may make its samples itself.
-    ours = method.startswith("distill.")
-    if ours and str(cfg.data._target_) == PROMPTS and cfg.method.get("real") is None:
-        raise ValueError(NO_SAMPLES)
     if many_steps != _keeps_steps(str(cfg.sampler._target_)):
         what = "keeps the teacher's many steps" if many_steps else "trains few steps"
         chosen = "sampler=guided" if many_steps else "sampler=consistency or the like"
@@ -47,6 +42,15 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
     if not of_pairs and target == PREFERENCES:
         what = "holds pairs of a preference, which this method does not read"
         raise ValueError(f"data.path={data.path}: {what}; use method=dpo, or data=images")
+
+
+def check_captions_alone(cfg: DictConfig) -> None:
+    """Raise ValueError for captions alone where nothing makes samples of them. A method of one's own
+    may do so itself.
+    """
+    ours = str(cfg.method._target_).startswith("distill.")
+    if ours and str(cfg.data._target_) == PROMPTS and cfg.method.get("real") is None:
+        raise ValueError(NO_SAMPLES)
 
 
 def _keeps_steps(sampler: str) -> bool:

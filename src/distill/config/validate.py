@@ -17,7 +17,7 @@ from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
-from distill.config.preference import PREFERENCES, check_preference
+from distill.config.preference import PREFERENCES, check_captions_alone, check_preference
 from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
     COUNTS,
@@ -85,6 +85,7 @@ def check_run(cfg: DictConfig) -> None:
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
+    check_captions_alone(cfg)
     check_fit(cfg.data, cfg.teacher)
     editing.check_masks_fit(cfg.data, families.family(str(cfg.teacher._target_)))
     check_videos(cfg)
