@@ -36,7 +36,7 @@ LAYERS = {
         "config", "training.resuming", "training.run_folders",
     },
     "building": {
-        "config.build", "config.fitting", "config.models", "config.step_memory",
+        "config.build", "config.counting", "config.fitting", "config.models", "config.step_memory",
         "training.loggers",
     },
     "commands": {

@@ -185,8 +185,7 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
         if decoding:
             yield "ok", f"beside steps: {_listed(decoding, ' GB')}", ""
         on_top = f", {step.within / GB:.2f} GB of them within a step"
-    shards = can_shard(cfg)
-    rows = {"one process or trainer=ddp": 1}
+    shards, rows = can_shard(cfg), {"one process or trainer=ddp": 1}
     rows |= {f"trainer=fsdp2 on {count}": count} if shards else {}
     for name, share in rows.items():
         beside = sum(encoders.values()) + sum(decoding.values())

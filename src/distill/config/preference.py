@@ -45,8 +45,8 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
 
 
 def check_captions_alone(cfg: DictConfig) -> None:
-    """Raise ValueError for captions alone where nothing makes samples of them. A method of one's own
-    may do so itself.
+    """Raise ValueError for captions alone where nothing makes samples of them. A method of one's
+    own may do so itself.
     """
     ours = str(cfg.method._target_).startswith("distill.")
     if ours and str(cfg.data._target_) == PROMPTS and cfg.method.get("real") is None:
