@@ -12,6 +12,13 @@ from pathlib import Path
 
 import pytest
 
+PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
+MASKED = "teacher=sd_inpaint data=renders data.masks="
+MADE = (
+    "data=prompts data.path={here}/prompts.txt "
+    "+method.real._target_=distill.core.score_distillation.TeacherSamples +method.real.buckets="
+)
+SIZED = "prompts={here}/prompts.txt out=o buckets="
 # Command, arguments, and what its one sentence says. `{here}` is a folder with the files of
 # `prepared`.
 WRONG = [
@@ -361,6 +368,36 @@ WRONG = [
     ),
     ("run", "teacher=sd3 data=latents", "data.path: not given; add data.path=... to the command"),
     ("run", "callbacks.samples.prompts=nope.txt", "samples.prompts=nope.txt: cannot be read as"),
+    ("run", "method.levels.odds=[1]", "odds=[1]: must be 4 numbers, one for each of the levels"),
+    ("run", "method.levels.warmup_odds=[0,0,0,0]", "method.levels.warmup_odds=[0, 0, 0, 0]: must"),
+    ("run", "method.renoise.s=0", "method.renoise.s=0: must be finite and above 0"),
+    (
+        "run",
+        "method=add method.distill.low=0.9 method.distill.high=0.1",
+        "method.distill.low=0.9: must be below method.distill.high=0.1, and both above 0 and below",
+    ),
+    ("run", "method=nitrofusion method.refine=[1]", "method.refine=[1]: must rise from 0, at most"),
+    (
+        "run",
+        "method=dmd2 method.matching.low=0.5 method.matching.high=0.5",
+        "method.matching.low=0.5: must be below method.matching.high=0.5",
+    ),
+    ("run", f"{PAIRED} method.beta=0", "method.beta=0: must be above 0"),
+    (
+        "run",
+        f"{PAIRED} method.times.low=1",
+        "method.times.low=1: must be below method.times.high=1",
+    ),
+    ("run", MASKED + "{{boxes:-1}}", "data.masks.boxes=-1: must be a number, 0 or more"),
+    ("run", MASKED + "{{boxes:0}}", "data.masks: all odds are 0; give at least one kind"),
+    ("run", MASKED + "{{oval:1}}", "data.masks.oval: there is no such kind; there are boxes, "),
+    (
+        "run",
+        "data=images data.path=nope data.buckets=[[64,64],[64,64]]",
+        "data.buckets=[[64, 64], [64, 64]]: has [64, 64] twice; name each size once",
+    ),
+    ("run", f"{MADE}[[64,64],[64,64]]", "method.real.buckets=[[64, 64], [64, 64]]: has [64, 64]"),
+    ("run", f"{MADE}[[64,60]]", "method.real.buckets: [64, 60] must be multiples of 8 for this"),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
@@ -409,6 +446,18 @@ WRONG = [
     ("cache", "data.path=nope out=o", "data.path=nope: no such file or folder; check the path"),
     ("cache", "data=latents data.path=nope out=o", "only pictures can be encoded"),
     ("cache", "teacher.path=./nope data.path={here} out=o", "teacher.path=./nope: no such folder"),
+    ("synthesize", f"{SIZED}[[64,64],[64,64]]", "buckets=[[64, 64], [64, 64]]: has [64, 64] twice"),
+    (
+        "synthesize",
+        f"{SIZED}[[64,60]]",
+        "buckets: [64, 60] must be multiples of 8 for this teacher",
+    ),
+    (
+        "synthesize",
+        "prompts={here}/prompts.txt out=o size=60",
+        "size=60: must be a multiple of 8 for this teacher",
+    ),
+    ("synthesize", "prompts=nope.tsv out=o", "nope.tsv: cannot be read as a table (No such file"),
     ("synthesize", "prompts=nope out=o", "prompts=nope: cannot be read as lines of UTF-8 text"),
     ("synthesize", "prompts={here}/prompts.txt out=o teacher.path=./no", "./no: no such folder"),
     ("synthesize", "prompts={here}/prompts.txt out={here}", "not made by this command"),

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config import validate
+from distill.config import picture_units, validate
 from distill.config.editing import EDIT_PAIRS
 from distill.config.errors import command
 from distill.data import begun_job
@@ -99,7 +99,7 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("data: only pictures can be encoded; choose data=images or data=pairs")
     validate.check_data(cfg.data)
     begun_job.check_shard_job(cfg)
-    validate.check_fit(cfg.data, cfg.teacher)
+    picture_units.check_fit(cfg.data, cfg.teacher)
 
 
 @command("cache", hint=RERUN)

@@ -245,7 +245,7 @@ class LatentShards(Samples):
         if buckets and own and not {tuple(b) for b in own} <= {tuple(b) for b in buckets}:
             what = f"are widths and heights in latents here, and these were made in {own}"
             raise ValueError(f"data.buckets={[list(b) for b in buckets]}: {what}; leave it out")
-        buckets = buckets or own
+        buckets = buckets or (own and [*dict.fromkeys(map(tuple, own))])
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             self.null = null_of(folder / NULL, path)

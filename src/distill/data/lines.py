@@ -4,8 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.data.tables import is_table, texts_of
-from distill.machine.faults import first_line
+from distill.data.tables import is_table, texts_of, unreadable
 from distill.storage.bounded import LINES, text_of
 
 
@@ -44,10 +43,7 @@ class Lines:
         try:
             text = text_of(Path(path), LINES, "utf-8-sig")
         except (OSError, ValueError) as error:
-            said = getattr(error, "strerror", None) or first_line(error, 160)
-            what = f"cannot be read as lines of UTF-8 text ({said})"
-            how = "give a text file with one prompt a line, or a table"
-            raise ValueError(f"{key}={path}: {what}; {how}") from None
+            raise unreadable(f"{key}={path}", "as lines of UTF-8 text", error) from None
         lines = text.split("\n")  # splitlines knows ten more separators
         self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
         if not self.lines:

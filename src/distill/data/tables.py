@@ -75,10 +75,7 @@ def texts_of(
     try:
         rows = _READERS[Path(path).suffix.lower()](path, f"{key}={path}")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        said = first_line(error, 200)
-        if said.startswith(f"{key}={path}"):
-            raise ValueError(said) from None
-        raise ValueError(f"{key}={path}: cannot be read as a table ({said}); repair it") from None
+        raise unreadable(f"{key}={path}", "as a table", error) from None
     names = list(dict.fromkeys(name for row in rows for name in row))
     name = _column(names, column, (*TEXTS, *PLURALS), f"{key}={path}", columns_key)
     cells = [row.get(name) for row in rows]
@@ -95,6 +92,20 @@ def texts_of(
         said = (_label(row.get(of_labels)) for row in rows)
         labels = [label for label, text in zip(said, texts, strict=True) if text]
     return [text for text in texts if text], labels
+
+
+def unreadable(where: str, what: str, error: Exception) -> ValueError:
+    """The error for a list of prompts that cannot be read; `where` is its key and path."""
+    said, path = first_line(error, 200), where.partition("=")[2]
+    if said.startswith(where):
+        return ValueError(said)
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.strerror}); check the path"
+    elif said.startswith(f"{path}: "):  # of a file that is too large, or no text
+        said = f"{said.removeprefix(f'{path}: ').replace('; ', '); ', 1)}"
+    else:
+        said = f"{said}); repair it"
+    return ValueError(f"{where}: cannot be read {what} ({said}")
 
 
 def _label(cell: Any) -> str:
