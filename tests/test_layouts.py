@@ -539,6 +539,13 @@ def test_pictures_where_latents_are_wanted(tmp_path):
     path = lay(tmp_path, {"a.png": picture(), "a.txt": "c"})
     with pytest.raises(FileNotFoundError, match="with pictures; read those by data=images"):
         LatentShards(path)
+    for first, said in {
+        "source": "edit pairs by data=pairs",
+        "winner": "by data=preference",
+    }.items():
+        pair = put_tar(tmp_path / f"{first}.tar", {f"a.{first}.png": picture(), "a.txt": "c"})
+        with pytest.raises(ValueError, match=f"has an image, only .*; read .*{said}$"):
+            ImageShards(pair, size=8)
     write_latents(f"{tmp_path}/l/x-%d.tar", [("a", np.zeros((1, 2, 2)), "c")], 1)
     with pytest.raises(
         ValueError, match="has an image, only .*read cached latents by data=latents"

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
 MASKED = "teacher=sd_inpaint data=renders data.masks="
@@ -18,6 +19,7 @@ MADE = (
     "data=prompts data.path={here}/prompts.txt "
     "+method.real._target_=distill.core.score_distillation.TeacherSamples +method.real.buckets="
 )
+EDITOR = "method=ladd teacher=instruct_pix2pix"
 SIZED = "prompts={here}/prompts.txt out=o buckets="
 # Command, arguments, and what its one sentence says. `{here}` is a folder with the files of
 # `prepared`.
@@ -398,6 +400,38 @@ WRONG = [
     ),
     ("run", f"{MADE}[[64,64],[64,64]]", "method.real.buckets=[[64, 64], [64, 64]]: has [64, 64]"),
     ("run", f"{MADE}[[64,60]]", "method.real.buckets: [64, 60] must be multiples of 8 for this"),
+    # models that read pictures beside the caption, and pairs
+    ("run", EDITOR, "can read; give edit pairs by `data=pairs data.path=<shards>`; debug=smoke"),
+    ("run", "method=ladd teacher=sd_inpaint", "by `data=images data.masks=true data.path=<folder>"),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=sd15",
+        "give pairs of a winner and a loser by `data=preference data.path=<shards>`",
+    ),
+    ("run", f"{EDITOR} data=pairs data.path=no.tar", "data.path=no.tar: no such file or folder;"),
+    ("check", "data=pairs data.path=no.tar", "data.path=no.tar: no such file or folder; check"),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=instruct_pix2pix data=preference data.path={here}/x.tar",
+        "teacher: a StableDiffusionInstructPix2PixPipeline edits pictures, and pairs of a pref",
+    ),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=instruct_pix2pix data=pairs data.path={here}/x.tar",
+        "data: this method learns from pairs of a winner and a loser; give some by data=preference",
+    ),
+    (
+        "run",
+        "method=dpo sampler=guided data=preference data.path={here}/x.tar data.size=60",
+        "data.size=60: must be a multiple of 8 for this teacher; use 56 or 64",
+    ),
+    ("cache", "teacher=sd_inpaint data.path={here} out=o", "reads masks, which are drawn on pictu"),
+    ("sample", "run=shapes:mmdit prompt=x size=60", "size=60: must be a multiple of 8 for this"),
+    (
+        "sample",
+        "run=shapes:mmdit prompt=x image={here}/x.tar",
+        "x.tar: cannot be read as a picture (",
+    ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
@@ -488,7 +522,7 @@ def prepared(here: Path) -> Path:
     checkpoints.
     """
     (here / "prompts.txt").write_text("a red star\n", encoding="utf-8")
-    (here / "picture.png").write_bytes(b"\x89PNG")
+    Image.new("L", (8, 8)).save(here / "picture.png")
     (here / "x.tar").write_bytes(b"")
     for name, kind in {"unet": "StableDiffusionPipeline", "other": "WuerstchenPipeline"}.items():
         (here / name).mkdir()

@@ -299,8 +299,10 @@ def check_data(data: DictConfig) -> None:
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
         Lines(path, column=plain.get("column"))
-    elif data.get("_target_") in (LATENTS, PREFERENCES):
+    elif data.get("_target_") == LATENTS:
         expand(path)
+    elif data.get("_target_") in (PREFERENCES, editing.EDIT_PAIRS):
+        check_pictures(path)  # a folder of pictures is refused with what pairs are
     elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
         keys = ("repeats", "caption_key", "max_empty_share", "image_column", "caption_column")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})

@@ -261,9 +261,9 @@ class LatentShards(Samples):
         self._row_of: dict[str, int] = {}  # caption -> its row
         first, skipped = self.find(0)
         if first is None:
-            raise ValueError(
-                f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}"
-            )
+            name, reason = skipped[0]
+            what = f"none of its first {len(skipped)} samples is usable, {name}: {reason}"
+            raise ValueError(f"data.path={path}: {what}")
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:

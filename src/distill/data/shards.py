@@ -45,6 +45,11 @@ MAGIC = {
 }
 # Suffixes of files that are mistaken for data.
 RECORDED = (*CAPTIONS, "jsonl", "csv")
+# First parts of extensions of pairs, and how these are read.
+PAIRED = {
+    "source.": "read edit pairs by data=pairs",
+    "winner.": "read pairs of a preference by data=preference",
+}
 # WebDataset's rule: the key, then everything after the first dot.
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 
@@ -233,6 +238,9 @@ def check_images(path: str, index: Index) -> None:
     there = Counter(end for _, places in index for end in places)
     some = ", ".join(f"{n} .{end}" for end, n in there.most_common(4))
     what = f"data.path={path}: none of its {len(index)} samples has an image, only {some}"
+    for start, how in PAIRED.items():
+        if any(end.startswith(start) for end in there):
+            raise ValueError(f"{what}; {how}")
     if any(end.rpartition(".")[2] in ends for end in there):
         raise ValueError(f"{what}; {DOTTED}")
     if any(end.endswith("npy") for end in there):
