@@ -218,7 +218,7 @@ def check_samples(
         _check_sizes(buckets, "data.buckets")
 
 
-def check_buckets(buckets: object, shares: object, key: str = "") -> None:
+def check_buckets(buckets: object, shares: Any, key: str = "") -> None:
     """Raise ValueError for sizes that are no [width, height], or for shares that do not fit them.
 
     `key` is the dotted prefix of both settings. None stands for one size, and for equal shares.
@@ -231,7 +231,7 @@ def check_buckets(buckets: object, shares: object, key: str = "") -> None:
     if shares is None:
         return
     numbers = isinstance(shares, Sequence) and all(_is_share(share) for share in shares)
-    if not numbers or len(shares) != len(sizes) or not sum(shares) > 0:  # type: ignore[arg-type]
+    if not numbers or len(shares) != len(sizes) or not sum(shares) > 0:
         what = f"must be {len(sizes)} numbers, 0 or more, one for each of {key}buckets"
         raise ValueError(f"{key}shares={shares}: {what}")
 
@@ -289,9 +289,9 @@ def check_multiples(
     sides = size if isinstance(size, Sequence) else [size] if size else []
     if any(side % unit for side in sides) and not buckets:
         lower = [max(unit, side // unit * unit) for side in sides]
-        near = f"{lower[0]} or {lower[0] + unit}" if len(lower) == 1 else lower
+        use = f"{lower[0]} or {lower[0] + unit}" if len(lower) == 1 else lower
         what = f"must be {'a multiple' if len(lower) == 1 else 'multiples'} of {unit}"
-        raise ValueError(f"{key}size={size}: {what} for this teacher; use {near}")
+        raise ValueError(f"{key}size={size}: {what} for this teacher; use {use}")
 
 
 def _is_share(share: object) -> bool:
@@ -299,7 +299,7 @@ def _is_share(share: object) -> bool:
     return is_number and 0 <= share < math.inf  # type: ignore[operator]
 
 
-def _check_sizes(buckets: object, key: str) -> Sequence[Sequence[int]]:
+def _check_sizes(buckets: Any, key: str) -> Sequence[Sequence[int]]:
     """The sizes, if they are [width, height] each, one or more, and none is there twice."""
     if not isinstance(buckets, Sequence) or not buckets or not all(map(_is_bucket, buckets)):
         what = "must be null or like [[640, 384], [512, 512]], width and height"
