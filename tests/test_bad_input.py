@@ -570,7 +570,7 @@ def test_shards_that_cannot_be_used(refused, no_weights, shards, tmp_path):
         assert "write or fetch it anew" in said
     tar(tmp_path / "empty.tar", {})
     assert "hold no samples" in refused("run", f"data.path={tmp_path}/empty.tar")
-    assert "No file matches data.path" in refused("run", f"data.path='{tmp_path}/none-*.tar'")
+    assert "none-*.tar: no file matches" in refused("run", f"data.path='{tmp_path}/none-*.tar'")
     assert not (tmp_path / "run").exists()
 
 

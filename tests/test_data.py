@@ -361,10 +361,10 @@ def test_expand_says_what_is_missing(tmp_path):
     put_tar(tmp_path / "x-0.tar", {"a.txt": b"a"})
     (tmp_path / "empty").mkdir()
     for path, message in [
-        (f"{tmp_path}/empty", r"No file matches data.path=.*empty"),
-        (f"{tmp_path}/y-*.tar", r"No file matches data.path=.*y-\*.tar"),
-        (f"{tmp_path}/x-{{0..1}}.tar", r"There is no shard '.*x-1.tar', named by data.path="),
-        (f"{tmp_path}/gone.tar", "There is no shard .*gone.tar"),
+        (f"{tmp_path}/empty", r"data.path=.*empty: is a folder without"),
+        (f"{tmp_path}/y-*.tar", r"data.path=.*y-\*.tar: no file matches"),
+        (f"{tmp_path}/x-{{0..1}}.tar", r"data.path=.*: there is no .*x-1.tar; "),
+        (f"{tmp_path}/gone.tar", r"data.path=.*gone.tar: no such file or folder; check"),
     ]:
         with pytest.raises(FileNotFoundError, match=message):
             expand(path)
@@ -440,10 +440,10 @@ def test_a_text_file_called_tar(tmp_path, content):
 def test_a_compressed_tar_and_an_empty_one(tmp_path):
     with tarfile.open(tmp_path / "z.tar", "w:gz"):
         pass
-    with pytest.raises(ValueError, match=r"z\.tar' is compressed by gzip, .*: gunzip it first"):
+    with pytest.raises(ValueError, match=r"z\.tar' is compressed by gzip, .*; gunzip it first"):
         Shards(f"{tmp_path}/z.tar")
     put_tar(tmp_path / "e.tar", {})
-    with pytest.raises(ValueError, match=r"e\.tar' hold no samples"):
+    with pytest.raises(ValueError, match=r"e\.tar: its shards hold no samples"):
         Shards(f"{tmp_path}/e.tar")
 
 

@@ -274,7 +274,7 @@ def test_latents_of_other_shapes_are_bad_pairs(tmp_path):
         ),
         (
             ["sampler=guided", "data=preference", "data.path=none.tar"],
-            "There is no shard 'none.tar'",
+            "data.path=none.tar: no such file or folder; check the path",
         ),
     ],
 )

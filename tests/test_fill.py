@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import families
 import tiny
@@ -107,6 +107,18 @@ def test_a_mask_of_grey_levels_is_cut_at_half(tmp_path):
     assert (found[..., 32:, :] == 0).all()
 
 
+def test_a_mask_whose_white_is_cropped_away_is_named(asked, exported, command, tmp_path):
+    mask = np.zeros((64, 200), np.uint8)
+    mask[:, :20] = 255
+    Image.fromarray(mask).save(tmp_path / "edge.png")
+    Image.new("RGB", (200, 64)).save(tmp_path / "wide.png")
+    given = [f"run={exported('sd_inpaint')}", "prompt=x", "image=wide.png", "mask=edge.png"]
+    code, _, err = command("sample", *given)
+    assert code == 1
+    assert "mask=edge.png: its white lies outside of the crop of the picture to 64x64; give" in err
+    assert not (tmp_path / "samples").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -119,6 +131,10 @@ def test_a_mask_of_grey_levels_is_cut_at_half(tmp_path):
         ),
         ({"mask": "black.png"}, "mask=black.png: has no white, so nothing to fill"),
         ({"mask": "text.png"}, "mask=text.png: cannot be read as a picture"),
+        ({"image": "text.png"}, "image=text.png: cannot be read as a picture .*; give another"),
+        ({"mask": "clear.png"}, "mask=clear.png: has transparent parts, which may mean both; save"),
+        ({"image": "turned.jpg"}, "mask=.*: is 64x64, and image=turned.jpg is 32x64; make them"),
+        ({"size": "61"}, "size=61: must be a multiple of 4 for this teacher; use 60 or 64"),
         ({"run": "mmdit"}, "mask=.*: run=.* is no inpainting model and fills no masks"),
         ({"strength": 0.2}, "steps=1 strength=0.2: their product must be at least 1"),
     ],
@@ -132,6 +148,11 @@ def test_what_cannot_be_filled_is_said_before_weights_are_read(
     Image.new("L", (32, 64), 255).save(tmp_path / "small.png")
     Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    (clear := Image.new("RGBA", (64, 64))).paste("white", (8, 8, 40, 40))
+    clear.save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=exif)
     given = dict(word.split("=", 1) for word in asked)
     given |= {"run": str(exported("sd_inpaint")), "prompt": "x"} | changed
     if changed.get("run"):

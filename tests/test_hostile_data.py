@@ -76,7 +76,7 @@ def test_a_hostile_shard_is_refused_by_its_name(name, tmp_path):
     if said is None:
         assert index_tar(str(path)) == {}
         return
-    with pytest.raises(ValueError, match="^The shard ") as caught:
+    with pytest.raises(ValueError, match="^data.path: the shard ") as caught:
         index_tar(str(path))
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
@@ -105,7 +105,7 @@ def test_the_command_check_says_it_in_one_sentence(command, tmp_path):
     (tmp_path / "x.tar").write_bytes(TARS["a PAX header of 2^45 bytes"][0])
     code, _, err = command("check", f"data.path={tmp_path}")
     assert code == 1
-    assert err.startswith("distill: The shard ")
+    assert err.startswith("distill: data.path: the shard ")
     assert err.count("\n") == 1
 
 

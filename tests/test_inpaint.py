@@ -265,7 +265,7 @@ def test_two_processes_and_a_resumed_run_read_the_same_masks(tmp_path):
     ("value", "said"),
     [
         ({"circles": 1}, "data.masks.circles: there is no such kind; there are boxes, strokes"),
-        ({"boxes": -1}, "data.masks.boxes=-1: must be 0 or more"),
+        ({"boxes": -1}, "data.masks.boxes=-1: must be a number, 0 or more"),
         ({"boxes": 0}, "data.masks: all odds are 0"),
     ],
 )

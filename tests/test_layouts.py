@@ -521,12 +521,12 @@ def test_a_shard_among_pictures_is_named(tmp_path, caplog):
     [
         (
             {"x.tar.gz": b"x", "y.tgz": b"x"},
-            r"1 \.tar\.gz, 1 \.tgz: archives are .* unpack x\.tar\.gz",
+            r"1 \.tar\.gz, 1 \.tgz; archives are .* unpack x\.tar\.gz",
         ),
         ({"data.arrow": b"x"}, "tables are not read"),
-        ({"a.psd": b"x"}, r"1 \.psd: these are not read here: convert them"),
-        ({"a.foo": b"x"}, r"but 1 \.foo$"),
-        ({}, "check data.path$"),
+        ({"a.psd": b"x"}, r"1 \.psd; these are not read here; convert them"),
+        ({"a.foo": b"x"}, r"but 1 \.foo; check the path$"),
+        ({}, "check the path$"),
     ],
 )  # fmt: skip
 def test_a_folder_of_nothing_that_is_read(files, message, tmp_path):
@@ -539,6 +539,13 @@ def test_pictures_where_latents_are_wanted(tmp_path):
     path = lay(tmp_path, {"a.png": picture(), "a.txt": "c"})
     with pytest.raises(FileNotFoundError, match="with pictures; read those by data=images"):
         LatentShards(path)
+    for first, said in {
+        "source": "edit pairs by data=pairs",
+        "winner": "by data=preference",
+    }.items():
+        pair = put_tar(tmp_path / f"{first}.tar", {f"a.{first}.png": picture(), "a.txt": "c"})
+        with pytest.raises(ValueError, match=f"has an image, only .*; read .*{said}$"):
+            ImageShards(pair, size=8)
     write_latents(f"{tmp_path}/l/x-%d.tar", [("a", np.zeros((1, 2, 2)), "c")], 1)
     with pytest.raises(
         ValueError, match="has an image, only .*read cached latents by data=latents"
@@ -549,14 +556,14 @@ def test_pictures_where_latents_are_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"x" * 2000, mtime=0), "is compressed by gzip, .*: gunzip it first"),
+        (gzip.compress(b"x" * 2000, mtime=0), "is compressed by gzip, .*; gunzip it first"),
         (b"BZh91" + bytes(2000), "bunzip2 it first"),
         (b"\xfd7zXZ\0" + bytes(2000), "unxz it first"),
         (b"\x28\xb5\x2f\xfd" + bytes(2000), "unzstd it first"),
-        (b"PK\x03\x04" + bytes(2000), "is a zip archive: unpack it"),
-        (b"PAR1" + bytes(2000), "is a Parquet table: name it .parquet"),
-        (b"ARROW1\0\0" + bytes(2000), "is an Arrow table: .*troubleshooting_data.md"),
-        (picture(), "is a picture: give the folder"),
+        (b"PK\x03\x04" + bytes(2000), "is a zip archive; unpack it"),
+        (b"PAR1" + bytes(2000), "is a Parquet table; name it .parquet"),
+        (b"ARROW1\0\0" + bytes(2000), "is an Arrow table; .*troubleshooting_data.md"),
+        (picture(), "is a picture; give the folder"),
     ],
 )
 def test_a_file_that_is_no_shard(content, message, tmp_path):
@@ -568,7 +575,7 @@ def test_a_file_that_is_no_shard(content, message, tmp_path):
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "a.txt", "a.json"])
 def test_a_file_of_captions_is_no_shard(name, tmp_path):
     path = lay(tmp_path, {name: '{"file_name": "a.png", "text": "c"}\n'})
-    with pytest.raises(ValueError, match="pictures: give the folder that they are in"):
+    with pytest.raises(ValueError, match="pictures; give the folder that they are in"):
         Shards(f"{path}/{name}")
 
 

@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
+MASKED = "teacher=sd_inpaint data=renders data.masks="
+MADE = (
+    "data=prompts data.path={here}/prompts.txt "
+    "+method.real._target_=distill.core.score_distillation.TeacherSamples +method.real.buckets="
+)
+EDITOR = "method=ladd teacher=instruct_pix2pix"
+SIZED = "prompts={here}/prompts.txt out=o buckets="
 # Command, arguments, and what its one sentence says. `{here}` is a folder with the files of
 # `prepared`.
 WRONG = [
@@ -361,6 +370,68 @@ WRONG = [
     ),
     ("run", "teacher=sd3 data=latents", "data.path: not given; add data.path=... to the command"),
     ("run", "callbacks.samples.prompts=nope.txt", "samples.prompts=nope.txt: cannot be read as"),
+    ("run", "method.levels.odds=[1]", "odds=[1]: must be 4 numbers, one for each of the levels"),
+    ("run", "method.levels.warmup_odds=[0,0,0,0]", "method.levels.warmup_odds=[0, 0, 0, 0]: must"),
+    ("run", "method.renoise.s=0", "method.renoise.s=0: must be finite and above 0"),
+    (
+        "run",
+        "method=add method.distill.low=0.9 method.distill.high=0.1",
+        "method.distill.low=0.9: must be below method.distill.high=0.1, and both above 0 and below",
+    ),
+    ("run", "method=nitrofusion method.refine=[1]", "method.refine=[1]: must rise from 0, at most"),
+    (
+        "run",
+        "method=dmd2 method.matching.low=0.5 method.matching.high=0.5",
+        "method.matching.low=0.5: must be below method.matching.high=0.5",
+    ),
+    ("run", f"{PAIRED} method.beta=0", "method.beta=0: must be above 0"),
+    (
+        "run",
+        f"{PAIRED} method.times.low=1",
+        "method.times.low=1: must be below method.times.high=1",
+    ),
+    ("run", MASKED + "{{boxes:-1}}", "data.masks.boxes=-1: must be a number, 0 or more"),
+    ("run", MASKED + "{{boxes:0}}", "data.masks: all odds are 0; give at least one kind"),
+    ("run", MASKED + "{{oval:1}}", "data.masks.oval: there is no such kind; there are boxes, "),
+    (
+        "run",
+        "data=images data.path=nope data.buckets=[[64,64],[64,64]]",
+        "data.buckets=[[64, 64], [64, 64]]: has [64, 64] twice; name each size once",
+    ),
+    ("run", f"{MADE}[[64,64],[64,64]]", "method.real.buckets=[[64, 64], [64, 64]]: has [64, 64]"),
+    ("run", f"{MADE}[[64,60]]", "method.real.buckets: [64, 60] must be multiples of 8 for this"),
+    # models that read pictures beside the caption, and pairs
+    ("run", EDITOR, "can read; give edit pairs by `data=pairs data.path=<shards>`; debug=smoke"),
+    ("run", "method=ladd teacher=sd_inpaint", "by `data=images data.masks=true data.path=<folder>"),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=sd15",
+        "give pairs of a winner and a loser by `data=preference data.path=<shards>`",
+    ),
+    ("run", f"{EDITOR} data=pairs data.path=no.tar", "data.path=no.tar: no such file or folder;"),
+    ("check", "data=pairs data.path=no.tar", "data.path=no.tar: no such file or folder; check"),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=instruct_pix2pix data=preference data.path={here}/x.tar",
+        "teacher: a StableDiffusionInstructPix2PixPipeline edits pictures, and pairs of a pref",
+    ),
+    (
+        "run",
+        "method=dpo sampler=guided teacher=instruct_pix2pix data=pairs data.path={here}/x.tar",
+        "data: this method learns from pairs of a winner and a loser; give some by data=preference",
+    ),
+    (
+        "run",
+        "method=dpo sampler=guided data=preference data.path={here}/x.tar data.size=60",
+        "data.size=60: must be a multiple of 8 for this teacher; use 56 or 64",
+    ),
+    ("cache", "teacher=sd_inpaint data.path={here} out=o", "reads masks, which are drawn on pictu"),
+    ("sample", "run=shapes:mmdit prompt=x size=60", "size=60: must be a multiple of 8 for this"),
+    (
+        "sample",
+        "run=shapes:mmdit prompt=x image={here}/x.tar",
+        "x.tar: cannot be read as a picture (",
+    ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
@@ -369,7 +440,7 @@ WRONG = [
     ("run", "teacher.path={here}", "not a diffusers pipeline folder (it has no model_index.json)"),
     ("run", "teacher.path={here}/unet", "holds a StableDiffusionPipeline, but this teacher reads"),
     ("run", "++teacher.weights=nope.safetensors", "teacher.weights=nope.safetensors: no such file"),
-    ("run", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
+    ("run", "data.path=nope", "data.path=nope: no such file or folder; check the path"),
     ("run", "data=images data.path={here}/made", "has neither .tar shards nor images"),
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: cannot be read as lines"),
     ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),
@@ -405,14 +476,26 @@ WRONG = [
     ("export", "base=nope delta={here}/prompts.txt", "base=nope: neither a finished run"),
     ("export", "base={here}/unet delta=nope", "delta=nope: no such file"),
     ("export", "run={here}/unet to=lora", "has no adapters (student=lora)"),
-    ("check", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
-    ("cache", "data.path=nope out=o", "There is no shard 'nope', named by data.path='nope'"),
+    ("check", "data.path=nope", "data.path=nope: no such file or folder; check the path"),
+    ("cache", "data.path=nope out=o", "data.path=nope: no such file or folder; check the path"),
     ("cache", "data=latents data.path=nope out=o", "only pictures can be encoded"),
     ("cache", "teacher.path=./nope data.path={here} out=o", "teacher.path=./nope: no such folder"),
+    ("synthesize", f"{SIZED}[[64,64],[64,64]]", "buckets=[[64, 64], [64, 64]]: has [64, 64] twice"),
+    (
+        "synthesize",
+        f"{SIZED}[[64,60]]",
+        "buckets: [64, 60] must be multiples of 8 for this teacher",
+    ),
+    (
+        "synthesize",
+        "prompts={here}/prompts.txt out=o size=60",
+        "size=60: must be a multiple of 8 for this teacher",
+    ),
+    ("synthesize", "prompts=nope.tsv out=o", "nope.tsv: cannot be read as a table (No such file"),
     ("synthesize", "prompts=nope out=o", "prompts=nope: cannot be read as lines of UTF-8 text"),
     ("synthesize", "prompts={here}/prompts.txt out=o teacher.path=./no", "./no: no such folder"),
     ("synthesize", "prompts={here}/prompts.txt out={here}", "not made by this command"),
-    ("pretrain", "data.path=nope", "There is no shard 'nope', named by data.path='nope'"),
+    ("pretrain", "data.path=nope", "data.path=nope: no such file or folder; check the path"),
     ("pretrain", "parts=./nope", "parts=./nope: no such folder"),
 ]
 HEAVY = ("torch", "lightning", "diffusers", "transformers")
@@ -439,7 +522,7 @@ def prepared(here: Path) -> Path:
     checkpoints.
     """
     (here / "prompts.txt").write_text("a red star\n", encoding="utf-8")
-    (here / "picture.png").write_bytes(b"\x89PNG")
+    Image.new("L", (8, 8)).save(here / "picture.png")
     (here / "x.tar").write_bytes(b"")
     for name, kind in {"unet": "StableDiffusionPipeline", "other": "WuerstchenPipeline"}.items():
         (here / name).mkdir()

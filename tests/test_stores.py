@@ -227,7 +227,7 @@ def test_a_store_that_is_gone_during_a_run_is_one_sentence(folder, monkeypatch):
 
 def test_a_shard_that_is_no_tar_is_called_by_its_address():
     fsspec.filesystem("memory").pipe_file("/odd/x.tar", b"PAR1" + bytes(600))
-    with pytest.raises(ValueError, match=r"The shard 'memory://+odd/x\.tar' is"):
+    with pytest.raises(ValueError, match=r"the shard 'memory://+odd/x\.tar' is"):
         batches("memory://odd/x.tar")
 
 

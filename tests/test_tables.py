@@ -96,6 +96,29 @@ def test_lists_of_prompts_are_read_as_they_are_published(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "lines", "labels"),
+    [
+        (
+            'prompt\tcategory\r\n5" nail, new\tA, B\r\nb\t\r\n',
+            ['5" nail, new', "b"],
+            ["A, B", "none"],
+        ),
+        ("\ufeffprompt\tcategory\na\tA\nb\nc\t  \n", ["a", "b", "c"], ["A", "none", "none"]),
+        ('prompt\tcategory\n"a ""b"" c"\tA\n"d\r\ne"\t"B"\n', ['a "b" c', "d e"], ["A", "B"]),
+        # quotes that are part of two prompts, and read as marks join their rows
+        ('prompt\tcategory\n"a" or\tA\n"b\tB\nc"\tC\n', ['"a" or', '"b', 'c"'], ["A", "B", "C"]),
+        ('prompt\tcategory\n"b\tB\nc"\tC\n', ['"b', 'c"'], ["B", "C"]),
+        (" prompt \t Category \n a \t A \n", ["a"], ["A"]),
+        ("prompt\tcategory\tnote\na\tA\n", ["a"], ["A"]),
+    ],
+)
+def test_categories_of_prompts_that_tabs_separate(content, lines, labels, tmp_path):
+    (file := tmp_path / "x.tsv").write_bytes(content.encode())
+    found = Lines(str(file), "metrics.path", labelled=True)
+    assert (found.lines, found.labels) == (lines, labels)
+
+
+@pytest.mark.parametrize(
     ("content", "end", "column", "said"),
     [
         (
@@ -115,6 +138,14 @@ def test_lists_of_prompts_are_read_as_they_are_published(tmp_path):
         ('{"text": "a"}\n{oh\n', "jsonl", None, "line 2 is no JSON; repair it"),
         ("[1]\n", "jsonl", None, "line 1 is no record; write {...} on each line"),
         ("", "csv", None, "has no column prompt, caption or text, nothing"),
+        (
+            "prompt,id\na cat, a dog,1\n",
+            "csv",
+            None,
+            "line 2 has more cells than there are columns; ",
+        ),
+        ("prompt,category\na,A\n", "tsv", None, "separators .csv"),
+        ("prompt\tcategory\na\tA\n", "csv", None, "separators .tsv"),
         ('text\n"open\n', "csv", None, "cannot be read as a table ("),
         ("no parquet", "parquet", None, "cannot be read as a table ("),
         ("a\n", "txt", "text", "data.column=text: columns are read of a .csv, .tsv, .jsonl or"),
@@ -274,7 +305,7 @@ def test_tables_that_cannot_be_used(tables, tmp_path):
     (cut := tmp_path / "cut.parquet").write_bytes(b"PAR1" + bytes(100))
     with pytest.raises(ValueError, match=r"cut\.parquet: cannot be read as Parquet \("):
         batches(cut)
-    with pytest.raises(FileNotFoundError, match="No file matches"):
+    with pytest.raises(FileNotFoundError, match=r"no\*\.parquet: no file matches; check"):
         batches(tmp_path / "no*.parquet")
 
 

@@ -12,11 +12,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config import validate
+from distill.config import picture_units, validate
 from distill.config.editing import EDIT_PAIRS
 from distill.config.errors import command
 from distill.data import begun_job
 from distill.machine.faults import RERUN
+from distill.teachers import families
 from distill.terminal.progress import importing, stage
 
 SOURCES = ("distill.data.source.images", "distill.data.source.pairs")  # what can be encoded
@@ -97,9 +98,13 @@ def check(cfg: DictConfig) -> None:
     """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
     if cfg.data.get("_target_") not in SOURCES:
         raise ValueError("data: only pictures can be encoded; choose data=images or data=pairs")
+    facts = families.family(str(cfg.teacher._target_))
+    if facts is not None and facts.image == "mask":
+        what = f"a {facts.kind_name()} reads masks, which are drawn on pictures and not on latents"
+        raise ValueError(f"teacher: {what}; train it by data=images data.masks=true")
     validate.check_data(cfg.data)
     begun_job.check_shard_job(cfg)
-    validate.check_fit(cfg.data, cfg.teacher)
+    picture_units.check_fit(cfg.data, cfg.teacher)
 
 
 @command("cache", hint=RERUN)

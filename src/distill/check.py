@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config import validate
+from distill.config import picture_units, validate
 from distill.config.compose import make
 from distill.config.errors import command
 from distill.terminal.progress import importing, stage, track
@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> int:
     validate.check_data(cfg.data)  # before make() imports torch
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
-        validate.check_fit(cfg.data, cfg.teacher, published=True)
+        picture_units.check_fit(cfg.data, cfg.teacher, published=True)
     with importing("torch"), stage("opening the data"):
         source = make(cfg.data, "data")
     data, captions, bad = source.dataset, [], []

@@ -124,8 +124,8 @@ def check(cfg: DictConfig) -> list[str]:
     check_precision(cfg.precision)
     check_lora(cfg)
     prompts = _prompts(cfg)
-    if cfg.image is not None and not Path(cfg.image).is_file():
-        raise FileNotFoundError(f"image={cfg.image}: no such file; give a picture")
+    if cfg.image is not None:
+        picture_keys.check_image(cfg.image)
     family = picture_keys.family_of_run(cfg.run)
     edits = family is not None and family.image == "source"
     if family is not None:
@@ -142,6 +142,7 @@ def check(cfg: DictConfig) -> list[str]:
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
+    picture_keys.check_size_fits(cfg.run, cfg.size)
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
     return prompts
@@ -236,6 +237,9 @@ def _around(cfg: DictConfig, model: Any, pixels: Tensor | None) -> Tensor | None
     height, width = pixels.shape[-2:]
     mask = open_rgb(Path(cfg.mask), "mask=").convert("L").convert("RGB")
     white = to_model_input(mask, width, height)[:, :1].to(pixels.device) >= 0
+    if not white.any():
+        what = f"its white lies outside of the crop of the picture to {width}x{height}"
+        raise ValueError(f"mask={cfg.mask}: {what}; give size=[width,height] of its shape")
     with torch.no_grad():
         around: Tensor = model.image_of({"pixels": pixels, FILL: white.to(pixels.dtype)})
     return around

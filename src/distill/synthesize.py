@@ -15,7 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import validate
+from distill.config import picture_units, validate
 from distill.config.errors import command
 from distill.core.limits import check_buckets
 from distill.data import begun_job
@@ -101,6 +101,7 @@ def check(cfg: DictConfig) -> None:
         what = f"a {facts.kind_name()} reads pictures beside the caption, and prompts have none"
         raise ValueError(f"teacher: {what}; choose a text-to-image model")
     Lines(cfg.prompts, "prompts", cfg.column)
+    picture_units.check_made(cfg.teacher, OmegaConf.masked_copy(cfg, ["size", "buckets"]))
     begun_job.check_shard_job(cfg)
 
 

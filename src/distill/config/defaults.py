@@ -22,6 +22,13 @@ WORLD = "shapes"  # the world whose teachers and data are shipped
 SHIPPED_DATA = "shapes:latents"
 EDITS = "distill.worlds.shapes.scenes.Edits"  # renders for teachers that edit
 RENDERS = Path(CONF_DIR) / "data" / "renders.yaml"
+# Data for models that read pictures beside the caption, by their fact `image`.
+READ = {
+    "mask": "give pictures, on which masks are drawn, by `data=images data.masks=true"
+    " data.path=<folder>`",
+    "source": "give edit pairs by `data=pairs data.path=<shards>`",
+}
+PREFERRED = "data=preference data.path=<shards>"
 OTHER_METRICS = "use metrics=coco5k or metrics=prompts for other pictures"
 
 
@@ -90,12 +97,18 @@ def missing_data(cfg: DictConfig) -> str | None:
     if not (missing or foreign):
         return None
     teacher = " ".join([f"teacher={_choice('teacher')}", *_typed_overrides("teacher.")])
+    what, smoke = f"data: none given that {teacher} can read", "debug=smoke tries a run without any"
+    facts = family(str(cfg.teacher._target_))
+    if facts is not None and facts.image:
+        return f"{what}; {READ[facts.image]}; {smoke}"
+    if source_code.attribute(str(cfg.method._target_), "of_pairs"):
+        return f"{what}; give pairs of a winner and a loser by `{PREFERRED}`; {smoke}"
     return (
-        f"data: none given that {teacher} can read; give pictures by `data=images"
+        f"{what}; give pictures by `data=images"
         f" data.path=<folder>`, or latents cached once by `python -m distill.cache {teacher}"
         " data.path=<folder> out=cached` as `data=latents data.path=cached`, or samples of the"
         f" teacher by `python -m distill.synthesize {teacher} prompts=<file> out=synthetic` as"
-        " `data=synthetic data.path=synthetic`; debug=smoke tries a run without any"
+        f" `data=synthetic data.path=synthetic`; {smoke}"
     )
 
 

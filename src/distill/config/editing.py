@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig, OmegaConf
 
+from distill.core.odds import check_masks
 from distill.teachers.families import Family, family
 
 OWN_SOURCES = "distill.data.source."
@@ -26,7 +27,11 @@ def check_pairs_fit(data: DictConfig, family: Family | None) -> None:
 def check_masks_fit(data: DictConfig, family: Family | None) -> None:
     """Check that a model that fills masks has pictures with masks, and no other model has masks."""
     target, masks = str(data.get("_target_")), data.get("masks")
-    if family is None or not target.startswith(OWN_SOURCES):
+    if not target.startswith(OWN_SOURCES):
+        return
+    if isinstance(masks, DictConfig):
+        check_masks(OmegaConf.to_container(masks, resolve=True))
+    if family is None:
         return
     if family.image == "mask" and not masks:
         what = "fills masked parts of pictures, and these data have no masks"

@@ -1,14 +1,17 @@
 """Check the pictures that a model is asked to go on from or to fill, before torch is imported."""
 
 from pathlib import Path
+from typing import Any
 
-from PIL import ImageOps
+from omegaconf import ListConfig
+from PIL import Image, ImageOps
 
 from distill.config.compose import shipped
 from distill.core import limits
 from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
+from distill.teachers.loading.settings import in_folder, unit_of
 
 READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
@@ -63,8 +66,25 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
         raise ValueError(f"{key}={run}: {what}; use the sample command with {keys}")
 
 
+def check_size_fits(run: str, size: Any) -> None:
+    """Check that the sides of a size are multiples of the model's unit, if its files are here."""
+    folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
+    unit = unit_of(family, in_folder(folder), f"run={run}") if family else None
+    if unit and size is not None:
+        sides = list(size) if isinstance(size, ListConfig) else size
+        limits.check_multiples(sides, None, unit, "")
+
+
+def check_image(image: str) -> None:
+    """Raise FileNotFoundError or ValueError for a file that is no picture."""
+    if not Path(image).is_file():
+        raise FileNotFoundError(f"image={image}: no such file; give a picture")
+    _opened("image", image)
+
+
 def check_mask(image: str | None, mask: str) -> None:
-    """Check that there is a picture and a mask of its size, with something to fill.
+    """Check that there is a picture and a mask of its size, without transparent parts and with
+    something to fill.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -73,18 +93,26 @@ def check_mask(image: str | None, mask: str) -> None:
     if not Path(mask).is_file():
         what = "no such file; give a picture of the size of image=, white where to fill"
         raise FileNotFoundError(f"mask={mask}: {what}")
-    sizes = {}
-    for key, path in {"image": image, "mask": mask}.items():
-        try:
-            with formats.open_picture(Path(path), Path(path).suffix.lower()) as opened:
-                picture = ImageOps.exif_transpose(opened.convert("L"))
-        except Exception as error:  # Pillow raises nearly anything on damaged files
-            what = f"cannot be read as a picture ({error}); give another"
-            raise ValueError(f"{key}={path}: {what}") from None
-        sizes[key] = picture.size
-    if sizes["image"] != sizes["mask"]:
-        said = {key: "{}x{}".format(*size) for key, size in sizes.items()}
-        what = f"is {said['mask']}, and image={image} is {said['image']}"
+    picture, painted = _opened("image", image), _opened("mask", mask)
+    if picture.size != painted.size:
+        said = ["{}x{}".format(*each.size) for each in (painted, picture)]
+        what = f"is {said[0]}, and image={image} is {said[1]}"
         raise ValueError(f"mask={mask}: {what}; make them of one size")
-    if picture.getextrema()[1] < 128:  # the mask is the last one read
+    if painted.has_transparency_data and painted.convert("RGBA").getextrema()[3][0] < 255:
+        # Some programs fill what is transparent, others what is painted.
+        what = "has transparent parts, which may mean both"
+        raise ValueError(f"mask={mask}: {what}; save it white where to fill, and black elsewhere")
+    if painted.convert("L").getextrema()[1] < 128:
         raise ValueError(f"mask={mask}: has no white, so nothing to fill; paint what to fill white")
+
+
+def _opened(key: str, path: str) -> Image.Image:
+    """The picture of this key, rotated by its EXIF and decoded."""
+    try:
+        with formats.open_picture(Path(path), Path(path).suffix.lower()) as opened:
+            picture: Image.Image = ImageOps.exif_transpose(formats.reduced(opened))
+            picture.load()
+            return picture
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        what = f"cannot be read as a picture ({error}); give another"
+        raise ValueError(f"{key}={path}: {what}") from None

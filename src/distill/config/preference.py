@@ -8,14 +8,13 @@ from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
 from distill.core.limits import NO_SAMPLES
 from distill.storage import source_code
+from distill.teachers.families import DOES, family
 from distill.teachers.loading import locate
 
 PREFERENCES = "distill.data.source.preferences"
 PROMPTS = "distill.data.source.prompts"
-OTHERS = (
-    *(f"distill.data.source.{name}" for name in ("images", "latents", "drawn")),
-    PROMPTS,
-)
+SOURCES = ("images", "latents", "drawn", "pairs")
+OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
 
 
 def check_preference(cfg: DictConfig) -> None:
@@ -27,6 +26,11 @@ def check_preference(cfg: DictConfig) -> None:
         bool(source_code.attribute(method, name)) for name in ("of_pairs", "many_steps")
     )
     _check_data(cfg.data, of_pairs)
+    facts = family(str(cfg.teacher._target_))
+    if facts is not None and facts.image and str(cfg.data._target_) == PREFERENCES:
+        what = f"{DOES[facts.image]}, and pairs of a preference have no such picture"
+        how = "choose a text-to-image model"
+        raise ValueError(f"teacher: a {facts.kind_name()} {what}; {how}")
     if many_steps != _keeps_steps(str(cfg.sampler._target_)):
         what = "keeps the teacher's many steps" if many_steps else "trains few steps"
         chosen = "sampler=guided" if many_steps else "sampler=consistency or the like"

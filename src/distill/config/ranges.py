@@ -43,7 +43,6 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "discriminator.heads.size": (1, None),
     "discriminator.heads.width": (1, None),
     "method.adversarial_weight": (0, None),
-    "method.beta": (0, None),
     "method.discriminator_weight": (0, None),
     **dict.fromkeys(
         (
@@ -88,10 +87,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "optimizer.student.weight_decay": (0, None),
     "sampler.guidance": (0, None),
     "sampler.flow_shift": (0, None),
-    "student.alpha": (0, None),
     "student.layer_scale": (0, None),
     "teacher.guidance": (0, None),
 }
+ABOVE_ZERO = ("method.beta", "student.alpha")
 SHIFTS = ("sampler.shift", "method.levels.shift", "method.real.shift")
 ODD = ("discriminator.heads.kernel",)  # an even kernel would change the size of the map
 # Lists of noise levels, 0 = data and 1 = noise.
@@ -128,6 +127,10 @@ def check_ranges(cfg: DictConfig) -> None:
         if not low <= value <= high:
             what = f"from {least} to {most}" if most is not None else f"{least} or more"
             raise ValueError(f"{key}={value}: must be {what}")
+    for key in ABOVE_ZERO:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            raise ValueError(f"{key}={value}: must be above 0")
     for key in SHIFTS:
         group, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, group)

@@ -13,10 +13,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import editing, signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.draws import check_draws
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
+from distill.config.picture_units import check_fit, check_made
 from distill.config.preference import PREFERENCES, check_captions_alone, check_preference
 from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
@@ -42,12 +44,11 @@ from distill.storage import source_code
 from distill.storage.bounded import mapping_of
 from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import check_settings, in_folder, unit_of
+from distill.teachers.loading.settings import check_settings, in_folder
 
 PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
 IMAGES = "distill.data.source.images"
-DRAWN = "distill.data.source.drawn"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
@@ -69,6 +70,7 @@ def check_run(cfg: DictConfig) -> None:
     check_keys(cfg)
     check_ranges(cfg)
     check_lists(cfg)
+    check_draws(cfg)
     check_watched(cfg)
     check_trainer(cfg.trainer)
     check_optimizers(cfg)
@@ -87,6 +89,8 @@ def check_run(cfg: DictConfig) -> None:
     check_data(cfg.data)
     check_captions_alone(cfg)
     check_fit(cfg.data, cfg.teacher)
+    if isinstance(made := cfg.method.get("real"), DictConfig):
+        check_made(cfg.teacher, made, "method.real.")
     editing.check_masks_fit(cfg.data, families.family(str(cfg.teacher._target_)))
     check_videos(cfg)
     check_samples_prompts(cfg)
@@ -296,30 +300,13 @@ def check_data(data: DictConfig) -> None:
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
         Lines(path, column=plain.get("column"))
-    elif data.get("_target_") in (LATENTS, PREFERENCES):
+    elif data.get("_target_") == LATENTS:
         expand(path)
+    elif data.get("_target_") in (PREFERENCES, editing.EDIT_PAIRS):
+        check_pictures(path)  # a folder of pictures is refused with what pairs are
     elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
         keys = ("repeats", "caption_key", "max_empty_share", "image_column", "caption_column")
         check_pictures(path, **{key: plain[key] for key in keys if key in plain})
-
-
-def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
-    """Check that the sides of pictures are multiples of the teacher's unit, if its files are here.
-
-    For a teacher on the hub, the unit of its family is used if `published`: another model of the
-    same class may have another one.
-    """
-    family = families.family(str(teacher._target_))
-    path = shipped(str(teacher.path))
-    folder = shipped(str(teacher.get("config"))) if Path(path).suffix in locate.SINGLE else path
-    unit = family.usual_unit if family and published else None
-    editing.check_pairs_fit(data, family)
-    if family and (Path(folder) / locate.INDEX).is_file():
-        unit = unit_of(family, in_folder(Path(folder)), f"teacher.path={teacher.path}")
-    of_pictures = data.get("_target_") in (IMAGES, DRAWN, editing.EDIT_PAIRS)
-    if unit and of_pictures and not teacher.get("vae"):
-        plain = OmegaConf.to_container(data, resolve=True)
-        limits.check_multiples(plain.get("size"), plain.get("buckets"), unit)
 
 
 def check_metrics(metrics: DictConfig) -> None:

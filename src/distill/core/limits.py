@@ -218,12 +218,11 @@ def check_samples(
     for key, share in (("max_bad_share", max_bad_share), ("max_empty_share", max_empty_share)):
         if not 0 <= share <= 1:
             raise ValueError(f"data.{key}={share}: must be a share, from 0 to 1")
-    if buckets is not None and not (buckets and all(map(_is_bucket, buckets))):
-        what = "must be null or like [[640, 384], [512, 512]], width and height"
-        raise ValueError(f"data.buckets={buckets}: {what}")
+    if buckets is not None:
+        _check_sizes(buckets, "data.buckets")
 
 
-def check_buckets(buckets: object, shares: object, key: str = "") -> None:
+def check_buckets(buckets: object, shares: Any, key: str = "") -> None:
     """Raise ValueError for sizes that are no [width, height], or for shares that do not fit them.
 
     `key` is the dotted prefix of both settings. None stands for one size, and for equal shares.
@@ -232,14 +231,12 @@ def check_buckets(buckets: object, shares: object, key: str = "") -> None:
         if shares is not None:
             raise ValueError(f"{key}shares={shares}: has no buckets to share; give {key}buckets=")
         return
-    if not isinstance(buckets, Sequence) or not buckets or not all(map(_is_bucket, buckets)):
-        what = "must be null or like [[640, 384], [512, 512]], width and height"
-        raise ValueError(f"{key}buckets={buckets}: {what}")
+    sizes = _check_sizes(buckets, f"{key}buckets")
     if shares is None:
         return
     numbers = isinstance(shares, Sequence) and all(_is_share(share) for share in shares)
-    if not numbers or len(shares) != len(buckets) or not sum(shares) > 0:  # type: ignore[arg-type]
-        what = f"must be {len(buckets)} numbers, 0 or more, one for each of {key}buckets"
+    if not numbers or len(shares) != len(sizes) or not sum(shares) > 0:
+        what = f"must be {len(sizes)} numbers, 0 or more, one for each of {key}buckets"
         raise ValueError(f"{key}shares={shares}: {what}")
 
 
@@ -282,24 +279,39 @@ def check_shift(settings: Mapping[str, Any], key: str) -> None:
         raise ValueError(f"{key}.base_image_seq_len={base}: {what}")
 
 
-def check_multiples(size: int | None, buckets: Sequence[Sequence[int]] | None, unit: int) -> None:
+def check_multiples(
+    size: Any, buckets: Sequence[Sequence[int]] | None, unit: int, key: str = "data."
+) -> None:
     """Raise ValueError for sides of pictures or latents that are not multiples of the teacher's
-    token size.
+    token size. `key` is the dotted prefix of both settings; size is a side, or [width, height].
     """
     for bucket in buckets or ():
         if any(side % unit for side in bucket):
             what = f"must be multiples of {unit} for this teacher"
             near = [max(unit, side // unit * unit) for side in bucket]
-            raise ValueError(f"data.buckets: {list(bucket)} {what}; use {near}")
-    if size and size % unit and not buckets:
-        near = max(unit, size // unit * unit)
-        what = f"must be a multiple of {unit} for this teacher"
-        raise ValueError(f"data.size={size}: {what}; use {near} or {near + unit}")
+            raise ValueError(f"{key}buckets: {list(bucket)} {what}; use {near}")
+    sides = size if isinstance(size, Sequence) else [size] if size else []
+    if any(side % unit for side in sides) and not buckets:
+        lower = [max(unit, side // unit * unit) for side in sides]
+        use = f"{lower[0]} or {lower[0] + unit}" if len(lower) == 1 else lower
+        what = f"must be {'a multiple' if len(lower) == 1 else 'multiples'} of {unit}"
+        raise ValueError(f"{key}size={size}: {what} for this teacher; use {use}")
 
 
 def _is_share(share: object) -> bool:
     is_number = isinstance(share, int | float) and not isinstance(share, bool)
     return is_number and 0 <= share < math.inf  # type: ignore[operator]
+
+
+def _check_sizes(buckets: Any, key: str) -> Sequence[Sequence[int]]:
+    """The sizes, if they are [width, height] each, one or more, and none is there twice."""
+    if not isinstance(buckets, Sequence) or not buckets or not all(map(_is_bucket, buckets)):
+        what = "must be null or like [[640, 384], [512, 512]], width and height"
+        raise ValueError(f"{key}={buckets}: {what}")
+    sizes = [list(size) for size in buckets]
+    if twice := [size for i, size in enumerate(sizes) if size in sizes[:i]]:
+        raise ValueError(f"{key}={sizes}: has {twice[0]} twice; name each size once")
+    return sizes
 
 
 def _is_bucket(sides: object) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from distill.core.limits import check_buckets, check_falling, drawn_bucket
 from distill.core.losses import weighted_mse
+from distill.core.odds import check_range
 from distill.core.process import column, level_like, noise_like, precise
 from distill.core.randomness import uniform
 from distill.core.times import ResolutionShift, Shift
@@ -89,10 +90,7 @@ class ScoreDistillation:
         if len(ends) != 2 or not ends[0] <= ends[1]:
             what = "must be a number, or the lowest and highest of a range"
             raise ValueError(f"method.distill.guidance={list(ends)}: {what}")
-        if not 0 < self.low < self.high < 1:
-            raise ValueError(
-                f"method.distill: t from low={self.low} to high={self.high} must lie inside (0, 1)"
-            )
+        check_range(self.low, self.high, "method.distill.", inside=True)
 
     def draw(self, x: Tensor, generator: torch.Generator) -> ScoreDraws:
         """Random numbers for samples of the shape of x [B, C, H, W]."""

@@ -7,7 +7,6 @@ drawn: there is nothing to denoise.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +16,14 @@ import torch
 from torch import Generator, Tensor
 
 from distill.core.limits import check_shift
+from distill.core.odds import (
+    check_levels,
+    check_odds,
+    check_range,
+    check_refinement,
+    check_spread,
+    check_warm_up,
+)
 from distill.core.randomness import uniform
 
 Numbers = Sequence[float]
@@ -101,14 +108,8 @@ class Discrete:
     ):
         self.shift = ResolutionShift.of(shift, "method.levels.shift")
         self.levels = [float(level) for level in levels]
-        if not self.levels or not all(0 < level <= 1 for level in self.levels):
-            raise ValueError(
-                f"levels must lie in (0, 1], with 0 = data and 1 = noise, got {self.levels}"
-            )
-        if warmup_steps < 0 or (warmup_steps > 0 and warmup_odds is None):
-            raise ValueError(
-                f"warmup_steps={warmup_steps} must be 0, or positive and come with warmup_odds"
-            )
+        check_levels(self.levels)
+        check_warm_up(warmup_steps, warmup_odds)
         self.warmup_steps, count = warmup_steps, len(self.levels)
         self.odds = _normalised("odds", odds, count)
         self.warmup_odds = (
@@ -132,8 +133,7 @@ class LogitNormal:
     """
 
     def __init__(self, m: float = 1.0, s: float = 1.0) -> None:
-        if not (math.isfinite(m) and math.isfinite(s) and s > 0):
-            raise ValueError(f"a logit-normal needs a finite m and a positive s, got m={m}, s={s}")
+        check_spread(m, s)
         self.m, self.s = float(m), float(s)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
@@ -145,10 +145,7 @@ class Uniform:
     """t uniform in (low, high]."""
 
     def __init__(self, low: float = 0.0, high: float = 1.0) -> None:
-        if not 0 <= low < high <= 1:
-            raise ValueError(
-                f"a uniform range of levels needs 0 <= low < high <= 1, got low={low}, high={high}"
-            )
+        check_range(low, high)
         self.low, self.high = float(low), float(high)
 
     def sample(self, n: int, step: int, generator: Generator | None = None) -> Tensor:
@@ -168,14 +165,7 @@ class Refinement:
     def __init__(
         self, levels: Sequence[Numbers], refine: Sequence[int], one_step: float = 0.5
     ) -> None:
-        counted = [len(steps) for steps in levels] == list(range(1, len(levels) + 1))
-        falling = all(a > b for steps in levels for a, b in itertools.pairwise([*steps, 0.0]))
-        if not levels or not counted or not falling or any(steps[0] != 1 for steps in levels):
-            what = "must be 1, 2, ... levels for 1, 2, ... steps, each from 1 down"
-            raise ValueError(f"method.levels={levels}: {what}")
-        if not 0 < len(refine) <= len(levels) or list(refine) != sorted(refine) or refine[0] != 0:
-            what = "must rise from 0, at most one for each of method.levels"
-            raise ValueError(f"method.refine={list(refine)}: {what}")
+        check_refinement(levels, refine)
         self.levels, self.refine, self.one_step = levels, refine, one_step
 
     def draw(self, step: int, generator: Generator) -> tuple[list[float], float]:
@@ -193,12 +183,7 @@ class Refinement:
 def _normalised(name: str, odds: Numbers, count: int) -> list[float]:
     """Odds that sum to 1. Raises ValueError unless there are `count` finite ones, not negative."""
     weights = [float(weight) for weight in odds]
-    if len(weights) != count:
-        raise ValueError(
-            f"{name} must have one number per level: {count} levels, {len(weights)} {name}"
-        )
-    if not (all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf):
-        raise ValueError(f"{name} must be finite, not negative and not all zero, got {weights}")
+    check_odds(weights, count, name)
     return [weight / sum(weights) for weight in weights]
 
 

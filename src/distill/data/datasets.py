@@ -245,7 +245,7 @@ class LatentShards(Samples):
         if buckets and own and not {tuple(b) for b in own} <= {tuple(b) for b in buckets}:
             what = f"are widths and heights in latents here, and these were made in {own}"
             raise ValueError(f"data.buckets={[list(b) for b in buckets]}: {what}; leave it out")
-        buckets = buckets or own
+        buckets = buckets or (own and [*dict.fromkeys(map(tuple, own))])
         self.null: dict[str, Tensor] = {}
         if (folder / NULL).is_file():
             self.null = null_of(folder / NULL, path)
@@ -261,9 +261,9 @@ class LatentShards(Samples):
         self._row_of: dict[str, int] = {}  # caption -> its row
         first, skipped = self.find(0)
         if first is None:
-            raise ValueError(
-                f"data.path={path}: none of its first {len(skipped)} samples is usable {skipped[0]}"
-            )
+            name, reason = skipped[0]
+            what = f"none of its first {len(skipped)} samples is usable, {name}: {reason}"
+            raise ValueError(f"data.path={path}: {what}")
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:

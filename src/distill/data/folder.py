@@ -129,11 +129,11 @@ def remedy(files: list[str]) -> str:
     """What to do with files of which none can be read; "" if unknown."""
     ends = {suffix(name) for name in files}
     if ends & set(TABLES):
-        return f"tables are not read: write their pictures into a folder first, as {HOW} shows"
+        return f"tables are not read; write their pictures into a folder first, as {HOW} shows"
     if archives := [name for name in files if packed(name)]:
-        return f"archives are not read compressed: unpack {archives[0]}, or gunzip a .tar.gz"
+        return f"archives are not read compressed; unpack {archives[0]}, or gunzip a .tar.gz"
     if pictured := sorted(end for end in ends if formats.is_unreadable(end)):
-        return f"these are not read here: {formats.advice(pictured)}"
+        return f"these are not read here; {formats.advice(pictured)}"
     return ""
 
 
@@ -221,7 +221,9 @@ def _of_jsonl(path: str) -> Iterator[tuple[str, Place]]:
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}: its line {number} is no JSON object; repair it")
+                raise ValueError(
+                    f"data.path: {path}: its line {number} is no JSON object; repair it"
+                )
             yield _file_name(record, f"{path}: its line {number}"), (path, start, len(line))
 
 
@@ -233,14 +235,15 @@ def _of_csv(path: str) -> Iterator[tuple[str, Place]]:
                 record = {key: value for key, value in row.items() if key and value is not None}
                 yield _file_name(record, f"{path}: a row"), json.dumps(record).encode()
     except (csv.Error, UnicodeError) as error:
-        raise ValueError(f"{path}: cannot be read as CSV in UTF-8 ({error}); repair it") from None
+        what = "cannot be read as CSV in UTF-8"
+        raise ValueError(f"data.path: {path}: {what} ({error}); repair it") from None
 
 
 def _lines(file: IO[AnyStr], path: str) -> Iterator[AnyStr]:
     """The lines of a file of records; ValueError for one that is too long."""
     while line := file.readline(MOST_CAPTION + 1):
         if len(line) > MOST_CAPTION:
-            raise ValueError(f"{path}: has a line of more than 4 MiB; repair it")
+            raise ValueError(f"data.path: {path}: has a line of more than 4 MiB; repair it")
         yield line
 
 
@@ -248,7 +251,7 @@ def _file_name(record: dict, where: str) -> str:
     name = record.get("file_name")
     if not isinstance(name, str):
         there = ", ".join(map(str, list(record)[:6])) or "nothing"
-        raise ValueError(f"{where} has no file_name, only {there}; name its picture so")
+        raise ValueError(f"data.path: {where} has no file_name, only {there}; name its picture so")
     return name
 
 
@@ -317,8 +320,7 @@ def of(found: Below, *, repeats: bool = True) -> Pictures:
 
 def nothing_in(root: str, files: list[str]) -> FileNotFoundError:
     """The error for a folder without readable files."""
-    what = f"The folder {root!r} has neither .tar shards nor images ({formats.suffix_list()})"
+    what = f"data.path={root}: has neither .tar shards nor images ({formats.suffix_list()})"
     if not files:
-        return FileNotFoundError(f"{what}: check data.path")
-    advice = remedy(files)
-    return FileNotFoundError(f"{what}, but {holds(files)}{f': {advice}' if advice else ''}")
+        return FileNotFoundError(f"{what}; check the path")
+    return FileNotFoundError(f"{what}, but {holds(files)}; {remedy(files) or 'check the path'}")

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.data.tables import is_table, texts_of
+from distill.data.tables import is_table, texts_of, unreadable
 from distill.storage.bounded import LINES, text_of
 
 
@@ -43,9 +43,7 @@ class Lines:
         try:
             text = text_of(Path(path), LINES, "utf-8-sig")
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{key}={path}: cannot be read as lines of UTF-8 text ({error})"
-            ) from None
+            raise unreadable(f"{key}={path}", "as lines of UTF-8 text", error) from None
         lines = text.split("\n")  # splitlines knows ten more separators
         self.path, self.lines = path, [line.strip() for line in lines if line.strip()]
         if not self.lines:

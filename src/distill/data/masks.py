@@ -4,7 +4,6 @@ A mask is a function of the run's seed and of the sample's place in the endless 
 resumed run has the same ones, and so have several processes and one.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from distill.core.odds import MASKS, check_masks
 
 # Ours, like the odds: LADD's paper does not describe its masks. Shares of a side of the picture.
 BOXES = (1, 3)  # how many
@@ -37,11 +38,7 @@ class Masks:
     outpainting: float = 0.15
 
     def __post_init__(self) -> None:
-        for name, odds in self._odds().items():
-            if not (isinstance(odds, int | float) and 0 <= odds < math.inf):
-                raise ValueError(f"data.masks.{name}={odds}: must be 0 or more")
-        if not sum(self._odds().values()):
-            raise ValueError("data.masks: all odds are 0; give at least one kind")
+        check_masks(self._odds())
 
     def _odds(self) -> dict[str, float]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -76,11 +73,8 @@ def masks_of(value: bool | Mapping[str, float]) -> Masks | None:
     """
     if not isinstance(value, Mapping):
         return Masks() if value else None
-    kinds = [field.name for field in fields(Masks)]
-    if unknown := [name for name in value if name not in kinds]:
-        what = f"there is no such kind; there are {', '.join(kinds)}"
-        raise ValueError(f"data.masks.{unknown[0]}: {what}")
-    return Masks(**{**dict.fromkeys(kinds, 0.0), **value})
+    check_masks(value)
+    return Masks(**{**dict.fromkeys(MASKS, 0.0), **value})
 
 
 def _box(

@@ -47,8 +47,7 @@ def tables_at(path: str) -> list[str | stores.Stored]:
     names = [path] if os.path.isfile(path) else names_of(path)
     matches = {m for name in names for m in ([name] if os.path.isfile(name) else glob.glob(name))}
     if not matches:
-        what = "No file matches"
-        raise FileNotFoundError(f"{what} data.path={path!r}: check the folder and the pattern.")
+        raise _none_at(path)
     return sorted(matches)
 
 
@@ -160,7 +159,7 @@ def expand(path: str) -> list[str]:
         names = [path] if os.path.isfile(path) else names_of(path)
     except (ValueError, RecursionError):
         raise ValueError(
-            f"data.path={path!r}: its braces do not pair; write, say, x-{{000..003}}.tar"
+            f"data.path={path}: its braces do not pair; write, say, x-{{000..003}}.tar"
         ) from None
     found = set()
     for name in names:
@@ -170,20 +169,27 @@ def expand(path: str) -> list[str]:
             else [m for m in glob.glob(name, recursive=True) if os.path.isfile(m)]
         )
         if not matches and not glob.has_magic(name):  # a missing shard is an error
-            raise FileNotFoundError(
-                f"There is no shard {name!r}, named by data.path={path!r}: check it."
-            )
+            raise _none_at(path, name)
         found.update(matches)
     if not found:
-        raise FileNotFoundError(
-            f"No file matches data.path={path!r}: check the folder and the pattern."
-        )
+        raise _none_at(path)
     return sorted(found)
+
+
+def _none_at(path: str, name: str | None = None) -> FileNotFoundError:
+    """The error for a path that names no file; `name` is one that a pattern's braces stand for."""
+    if name not in (None, path):
+        what = f"there is no {name}; write only shards that exist"
+    elif glob.has_magic(path) or "{" in path:
+        what = "no file matches; check the pattern"
+    else:
+        what = "no such file or folder; check the path"
+    return FileNotFoundError(f"data.path={path}: {what}")
 
 
 def _no_shards_in(path: str) -> FileNotFoundError:
     files = below(path).files
-    what = f"No file matches data.path={path!r}: it is a folder without shards (.tar)"
+    what = f"data.path={path}: is a folder without shards (.tar)"
     if any(folders.suffix(name) in formats.suffixes() for name in files):
         return FileNotFoundError(f"{what} and with pictures; read those by data=images")
     advice = folders.remedy(files) or "check the folder"

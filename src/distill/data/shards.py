@@ -33,18 +33,23 @@ MAX_EMPTY = 0.5  # ours: the share of pictures without a caption above which a s
 DOTTED = "a key ends at the first dot of a file's name: write names with no other dot"
 # First bytes of files that are mistaken for shards, and the remedy.
 MAGIC = {
-    b"\x1f\x8b": "is compressed by gzip, and samples are read by position: gunzip it first",
-    b"BZh": "is compressed by bzip2, and samples are read by position: bunzip2 it first",
-    b"\xfd7zXZ": "is compressed by xz, and samples are read by position: unxz it first",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd, and samples are read by position: unzstd it first",
-    b"PK\x03\x04": "is a zip archive: unpack it and give its folder",
-    b"PAR1": "is a Parquet table: name it .parquet",
-    b"ARROW1": f"is an Arrow table: write its pictures into a folder first, as {folders.HOW} shows",
-    b"\x89PNG": "is a picture: give the folder that it is in",
-    b"\xff\xd8\xff": "is a picture: give the folder that it is in",
+    b"\x1f\x8b": "is compressed by gzip, and samples are read by position; gunzip it first",
+    b"BZh": "is compressed by bzip2, and samples are read by position; bunzip2 it first",
+    b"\xfd7zXZ": "is compressed by xz, and samples are read by position; unxz it first",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd, and samples are read by position; unzstd it first",
+    b"PK\x03\x04": "is a zip archive; unpack it and give its folder",
+    b"PAR1": "is a Parquet table; name it .parquet",
+    b"ARROW1": f"is an Arrow table; write its pictures into a folder first, as {folders.HOW} shows",
+    b"\x89PNG": "is a picture; give the folder that it is in",
+    b"\xff\xd8\xff": "is a picture; give the folder that it is in",
 }
 # Suffixes of files that are mistaken for data.
 RECORDED = (*CAPTIONS, "jsonl", "csv")
+# First parts of extensions of pairs, and how these are read.
+PAIRED = {
+    "source.": "read edit pairs by data=pairs",
+    "winner.": "read pairs of a preference by data=preference",
+}
 # WebDataset's rule: the key, then everything after the first dot.
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$", re.DOTALL)
 
@@ -99,7 +104,7 @@ class Shards:
             self.said = [*beside_shards(folder), *_about_keys(self.index, parts)]
         if not self._index:
             raise ValueError(
-                f"The shards at {path!r} hold no samples: files must be named <key>.<extension>."
+                f"data.path={path}: its shards hold no samples; name files <key>.<extension>"
             )
         tell(path, self.said)
 
@@ -160,7 +165,8 @@ class Shards:
             sample[extension] = data = self._bytes(place, size)
             if len(data) < size and at_most < 0:
                 raise ValueError(
-                    f"The file {path!r} has shrunk since it was opened (sample {key!r})."
+                    f"data.path: the file {path!r} has shrunk since it was opened (sample {key!r});"
+                    " leave data alone while they are read"
                 )
         return sample | names  # last: no file may replace these
 
@@ -232,6 +238,9 @@ def check_images(path: str, index: Index) -> None:
     there = Counter(end for _, places in index for end in places)
     some = ", ".join(f"{n} .{end}" for end, n in there.most_common(4))
     what = f"data.path={path}: none of its {len(index)} samples has an image, only {some}"
+    for start, how in PAIRED.items():
+        if any(end.startswith(start) for end in there):
+            raise ValueError(f"{what}; {how}")
     if any(end.rpartition(".")[2] in ends for end in there):
         raise ValueError(f"{what}; {DOTTED}")
     if any(end.endswith("npy") for end in there):
@@ -285,7 +294,8 @@ def index_tar(path: str, name: str | None = None) -> dict[str, Places]:
                     continue  # thumbnails, and macOS's own files
                 if extension in index.setdefault(key, {}):
                     raise ValueError(
-                        f"The shard {called} holds {key}.{extension} twice: each needs its own key."
+                        f"data.path: the shard {called} holds {key}.{extension} twice; give each"
+                        " sample its own key"
                     )
                 index[key][extension] = path, member.offset_data, member.size
         except tarfile.TarError as error:
@@ -293,10 +303,12 @@ def index_tar(path: str, name: str | None = None) -> dict[str, Places]:
             start = file.read(8)  # only now: a tar may start with a file named BZhang
             for mark, said in MAGIC.items():
                 if start.startswith(mark):
-                    raise ValueError(f"The shard {called} {said}.") from None
+                    raise ValueError(f"data.path: the shard {called} {said}") from None
             if folders.suffix(path) in RECORDED:
-                what = "holds captions or records of pictures: give the folder that they are in"
-                raise ValueError(f"The shard {called} {what}.") from None
+                what = "holds captions or records of pictures; give the folder that they are in"
+                raise ValueError(f"data.path: the shard {called} {what}") from None
             what = f"is cut short or damaged, or no plain tar ({error})"
-            raise ValueError(f"The shard {called} {what}: write or fetch it anew.") from None
+            raise ValueError(
+                f"data.path: the shard {called} {what}; write or fetch it anew"
+            ) from None
     return index

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,32 +68,49 @@ def texts_of(
 
     `key` is that of the path. Without a name the column is one of TEXTS, or the only one. The
     categories, which are read if `labelled`, are those of the column `category`; None: of
-    CATEGORIES, or [] if there is no such column. Raises ValueError, naming the key.
+    CATEGORIES, or [] if there is no such column; an empty cell is "none". Raises ValueError, naming
+    the key.
     """
     columns_key = f"{key.rpartition('.')[0]}.column".lstrip(".")
     try:
         rows = _READERS[Path(path).suffix.lower()](path, f"{key}={path}")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        said = first_line(error, 200)
-        if said.startswith(f"{key}={path}"):
-            raise ValueError(said) from None
-        raise ValueError(f"{key}={path}: cannot be read as a table ({said}); repair it") from None
+        raise unreadable(f"{key}={path}", "as a table", error) from None
     names = list(dict.fromkeys(name for row in rows for name in row))
     name = _column(names, column, (*TEXTS, *PLURALS), f"{key}={path}", columns_key)
     cells = [row.get(name) for row in rows]
     if odd := next((cell for cell in cells if not isinstance(cell, str | None)), None):
         what = f"its column {name} holds {shown(odd, 40)}, which is no text"
         raise ValueError(f"{key}={path}: {what}; name another by {columns_key}=")
-    texts = [" ".join((cell or "").split("\n")).strip() for cell in cells]
+    texts = [re.sub(r"\r\n?|\n", " ", cell or "").strip() for cell in cells]
     if not any(texts):
         raise ValueError(f"{key}={path}: its column {name} has no text; check it")
     labels: list[str] = []
     if labelled and (category is not None or _named(names, CATEGORIES)):
         labels_key = f"{key.rpartition('.')[0]}.category".lstrip(".")
         of_labels = _column(names, category, CATEGORIES, f"{key}={path}", labels_key)
-        said = (str(row.get(of_labels) or "none").strip() for row in rows)
+        said = (_label(row.get(of_labels)) for row in rows)
         labels = [label for label, text in zip(said, texts, strict=True) if text]
     return [text for text in texts if text], labels
+
+
+def unreadable(where: str, what: str, error: Exception) -> ValueError:
+    """The error for a list of prompts that cannot be read; `where` is its key and path."""
+    said, path = first_line(error, 200), where.partition("=")[2]
+    if said.startswith(where):
+        return ValueError(said)
+    if isinstance(error, OSError) and error.strerror:
+        said = f"{error.strerror}); check the path"
+    elif said.startswith(f"{path}: "):  # of a file that is too large, or no text
+        said = f"{said.removeprefix(f'{path}: ').replace('; ', '); ', 1)}"
+    else:
+        said = f"{said}); repair it"
+    return ValueError(f"{where}: cannot be read {what} ({said}")
+
+
+def _label(cell: Any) -> str:
+    """The category of a cell; "none" for an empty one."""
+    return ("" if cell is None else str(cell)).strip() or "none"
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
@@ -122,16 +140,35 @@ def _column(
 
 def _of_csv(path: str, where: str) -> list[dict[str, Any]]:
     text, is_tsv = text_of(Path(path), LINES, "utf-8-sig"), path.lower().endswith(".tsv")
-    options: dict[str, Any] = {"delimiter": "\t" if is_tsv else ",", "restkey": "?"}
     try:
-        quoted = csv.DictReader(io.StringIO(text, newline=""), strict=True, **options)
-        return [dict(row) for row in quoted]
+        rows = _separated(text, where, is_tsv, strict=True)
+        # A cell with a tab is several: two prompts that begin and end with a quote, say.
+        if not is_tsv or not any("\t" in (cell or "") for row in rows for cell in row.values()):
+            return rows
     except csv.Error:
         if not is_tsv:
             raise
     # Tabs need no quotes: those of PartiPrompts.tsv are part of its prompts.
-    plain = csv.DictReader(io.StringIO(text, newline=""), quoting=csv.QUOTE_NONE, **options)
-    return [dict(row) for row in plain]
+    return _separated(text, where, is_tsv, quoting=csv.QUOTE_NONE)
+
+
+def _separated(text: str, where: str, is_tsv: bool, **options: Any) -> list[dict[str, Any]]:
+    """The rows of a text of separated values. Raises ValueError if they do not fit its header."""
+    lines = io.StringIO(text, newline="")
+    read = csv.DictReader(lines, delimiter="\t" if is_tsv else ",", **options)
+    names = read.fieldnames = [name.strip() for name in read.fieldnames or ()]
+    other, suffix = (",", ".csv") if is_tsv else ("\t", ".tsv")
+    if len(names) == 1 and other in names[0]:
+        what = f"its first line, of the columns' names, is {shown(names[0], 40)}"
+        raise ValueError(f"{where}: {what}; name a file with these separators {suffix}")
+    rows = []
+    for row in read:
+        more = row.pop(None, ())  # cells after those of the last column
+        if any(more) and not is_tsv:
+            what = f"line {read.line_num} has more cells than there are columns"
+            raise ValueError(f'{where}: {what}; write a text with commas in quotes, "a, b"')
+        rows.append(dict(row))
+    return rows
 
 
 def _of_jsonl(path: str, where: str) -> list[dict[str, Any]]:

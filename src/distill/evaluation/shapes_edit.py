@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation import results
-from distill.evaluation.shapes import BATCH, VARIETY, Shapes
+from distill.evaluation.shapes import BATCH, OTHERS, VARIETY, Shapes
 from distill.sampling import seeded
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
@@ -40,9 +40,9 @@ class EditedShapes(Shapes):
 
     def _check_kind(self, teacher: PipelineTeacher) -> None:
         if teacher.image != "source":
-            raise ValueError(
-                "metrics=shapes_edit: this teacher does not edit pictures; use metrics=shapes"
-            )
+            other = OTHERS.get(teacher.image, "shapes")
+            what = "this teacher does not edit pictures"
+            raise ValueError(f"metrics=shapes_edit: {what}; use metrics={other}")
 
     def count(self) -> int:
         return self.prompts + len(_adding(judging_edits(self.prompts, seed=self.seed))) * VARIETY[1]

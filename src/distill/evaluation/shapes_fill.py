@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.core import distances
 from distill.core.types import FILL, Cond, Denoiser
 from distill.evaluation import results
-from distill.evaluation.shapes import Shapes, evaluated_samplers, generate_pictures, masked
+from distill.evaluation.shapes import OTHERS, Shapes, evaluated_samplers, generate_pictures, masked
 from distill.sampling import FewSteps
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
@@ -51,8 +51,9 @@ class FilledShapes(Shapes):
             what = "an ordinary model fills by blending, and this one reads picture channels"
             raise ValueError(f"metrics.blend=true: {what}; make it false")
         if not self.blend and not fills:
-            what = "this teacher is no inpainting model; metrics.blend=true fills with an ordinary"
-            raise ValueError(f"metrics=shapes_fill: {what} one")
+            how = "metrics.blend=true fills with an ordinary one"
+            how = f"use metrics={OTHERS[teacher.image]}" if teacher.image in OTHERS else how
+            raise ValueError(f"metrics=shapes_fill: this teacher is no inpainting model; {how}")
 
     def fixed(self) -> dict[str, Any]:
         # Not `blend`: it is how a model fills, and results of both are compared.

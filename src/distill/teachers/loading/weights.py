@@ -118,7 +118,8 @@ def readable(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"cannot be read as weights ({first_line(error)[:80]})"
+        said = first_line(error).removeprefix(f"{where.partition('=')[2]}: ")
+        what = f"cannot be read as weights ({said.removesuffix('; fetch it anew')[:80]})"
         advice = "fetch it anew, as .safetensors"
         raise ValueError(f"{where}: {what}; {advice}") from None
 
