@@ -517,7 +517,7 @@ def test_a_run_that_fails_leaves_the_numbers_of_the_others_in_the_page(study, ra
     found = study(seeds=[0])
     out = ran(found, "a", 0, 0.75)
     (out / "b").mkdir()
-    (out / "b" / "seed_0").write_text("a file where the folder of a run should be")
+    (out / "b" / "seed_0").write_text("a file instead of a folder", encoding="utf-8")
     done = called(str(found.folder), f"out={out}", "page=partial")
     assert done.returncode == 1
     assert f"1 of 2 runs failed; see {out / 'b' / 'seed_0.log'}" in done.stderr
@@ -534,13 +534,14 @@ def test_what_was_being_prepared_when_it_was_cut_off_is_prepared_again(study, tm
         "first = not out.exists()\n"
         "out.mkdir(exist_ok=True)\n"
         "time.sleep(60 * first)\n"
-        "(out / 'whole').touch()\n"
+        "(out / 'whole').touch()\n",
+        encoding="utf-8",
     )
     step = {"run": f"python {script} {{out}}/data", "makes": "{out}/data"}
     found = study(seeds=[0], jobs={"a": []}, claims=[], prepare=[step])
     out = tmp_path / "out"
     (out / "a").mkdir(parents=True)
-    (out / "a" / "seed_0").write_text("a file, so that the run fails at once")
+    (out / "a" / "seed_0").write_text("so that the run fails at once", encoding="utf-8")
     words = [sys.executable, str(RUN), str(found.folder), f"out={out}"]
     runner = subprocess.Popen(words)
     end = time.monotonic() + 120
