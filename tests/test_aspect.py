@@ -142,8 +142,8 @@ def test_samples_in_buckets_continue_after_an_error_and_train_as_data(
     ("words", "said"),
     [
         (
-            ["buckets=[[64,64],[62,64],[64,64]]"],
-            "buckets=[62, 64]: must be a side, or [width,height]",
+            ["buckets=[[64,64],[62,64],[64,32]]"],
+            "buckets: [62, 64] must be multiples of 4 for this teacher; use [60, 64]",
         ),
         (["buckets=[64,64]"], "buckets=[64, 64]: must be null or like [[640, 384], [512, 512]]"),
         (["shares=[1]"], "shares=[1]: must be 3 numbers, 0 or more, one for each of buckets"),

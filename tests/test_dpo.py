@@ -270,7 +270,7 @@ def test_latents_of_other_shapes_are_bad_pairs(tmp_path):
         (["method=ladd", "sampler=guided"], "does not fit a method that trains few steps"),
         (
             ["sampler=guided", "data=preference", "data.path={pairs}", "method.beta=-1"],
-            "method.beta=-1: must be 0 or more",
+            "method.beta=-1: must be above 0",
         ),
         (
             ["sampler=guided", "data=preference", "data.path=none.tar"],

@@ -10,8 +10,8 @@ import pytest
 
 from distill.training import run_folders as folders
 
-MLFLOW = [
-    "+logger.mine._target_=lightning.pytorch.loggers.MLFlowLogger",
+WANDB = [
+    "+logger.mine._target_=lightning.pytorch.loggers.WandbLogger",
     "+logger.mine._partial_=true",
 ]
 MONITOR = "+callbacks.mine._target_=lightning.pytorch.callbacks.LearningRateMonitor"
@@ -22,7 +22,7 @@ FAILING = [  # a mistake in words, and what is said
     (["trainer.precision=bf16-true"], "trainer.precision=bf16-true: is not supported"),
     (["+trainer.profiler=nope"], "`profiler`"),
     (["~logger", MONITOR], "no logger"),
-    ([*MLFLOW], "logger.mine: the package mlflow is not installed; pip install"),
+    ([*WANDB], "logger.mine: the package wandb is not installed; pip install"),
     (["+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint"], "ModelCheckpoint"),
     (["callbacks.samples.prompts=nowhere.txt"], "callbacks.samples.prompts=nowhere.txt"),
     (["metrics=prompts", "metrics.path=nowhere.txt"], "metrics.path=nowhere.txt"),

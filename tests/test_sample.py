@@ -166,7 +166,7 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
         (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
         (
             ["prompt=x", "size=60"],
-            "size=60: must be a side, or [width,height], in multiples of 8 up to",
+            "size=60: must be a multiple of 8 for this teacher; use 56 or 64",
         ),
         (["prompt=x", "size=100000"], "size=100000: must be"),
         (["prompt=x", "size=[64,64,64]"], "size=[64, 64, 64]: must be"),

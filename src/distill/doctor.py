@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import validate
+from distill.config import picture_units, validate
 from distill.config.compose import check_counts, processes, shipped
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command, is_mistake, sentence
@@ -129,7 +129,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
             raise
         yield "fail", sentence(error), ""
         return
-    if cfg.data.get("_target_") == validate.DRAWN:
+    if cfg.data.get("_target_") == picture_units.DRAWN:
         yield "warn", "no data given: renders of shapes are assumed", "data=images data.path=..."
     if not path.is_dir():
         what = f"teacher.{'config' if file else 'path'}={path} is no local pipeline folder"
