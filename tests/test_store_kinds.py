@@ -147,6 +147,7 @@ def test_a_refusal_is_one_sentence_at_once(status, said, store, capfd, caplog):
         batches(f"{store.path}/other/x-000.tar")
     assert "Traceback" not in capfd.readouterr().err
     assert "trying again" not in caplog.text
+    assert "Compute Engine" not in caplog.text
 
 
 def test_a_library_that_logs_every_read_is_silent(store, folder, capfd):

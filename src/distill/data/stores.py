@@ -24,8 +24,9 @@ from distill.machine.faults import first_line
 from distill.terminal.secret import masked
 
 log = logging.getLogger(__name__)
-# Loggers with a line for every read: gcsfs's warns of a missing login, as of a public bucket.
-CHATTY = {"gs": ("gcsfs",), "gcs": ("gcsfs",), "hf": ("httpx", "httpx2")}
+# Loggers with a line for every read: Google's warn of a missing login, also of a public bucket.
+GOOGLE = ("gcsfs", "google.auth")
+CHATTY = {"gs": GOOGLE, "gcs": GOOGLE, "hf": ("httpx", "httpx2")}
 T = TypeVar("T")
 # Scheme -> how to install what reads it; None: with distill.
 SCHEMES = {
