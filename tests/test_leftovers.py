@@ -183,6 +183,7 @@ def test_shards_that_cannot_be_made_leave_nothing(pipelines, command, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_a_search_is_mended_where_no_trial_was_measured(words, command, tmp_path):
     pytest.importorskip("optuna")
     rate = "space=['optimizer.student.lr=log(1e-6,1e-4)']"

@@ -48,12 +48,21 @@ def store(request, folder, tmp_path, monkeypatch):
     """The folder at `store.path`, served as each kind; `store.server` is its server."""
     kind = request.param
     pytest.importorskip(PACKAGES[kind])
+    reopen(monkeypatch)
     place = tmp_path / "served" / KINDS[kind].partition("://")[2].removeprefix("datasets/")
     shutil.copytree(folder, place)
     with served.serve(tmp_path / "served", kind) as server:
         reach(kind, server.url, monkeypatch)
         server.path = KINDS[kind]
         yield server
+
+
+def reopen(monkeypatch) -> None:
+    """Let all handlers of logs write to stderr whose stream an earlier test captured and closed."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        for handler in getattr(logger, "handlers", ()):
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                monkeypatch.setattr(handler, "stream", sys.stderr)
 
 
 def reach(kind: str, url: str, monkeypatch) -> None:
@@ -77,9 +86,6 @@ def reach(kind: str, url: str, monkeypatch) -> None:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         content = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", content)
-        # The stream of its first import may be one that an earlier test has captured and closed.
-        for handler in logging.getLogger("huggingface_hub").handlers:
-            monkeypatch.setattr(handler, "stream", sys.stderr)
     fsspec.get_filesystem_class({"gcs": "gs", "hub": "hf"}.get(kind, kind)).clear_instance_cache()
 
 
