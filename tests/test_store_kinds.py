@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -48,21 +47,14 @@ def store(request, folder, tmp_path, monkeypatch):
     """The folder at `store.path`, served as each kind; `store.server` is its server."""
     kind = request.param
     pytest.importorskip(PACKAGES[kind])
-    reopen(monkeypatch)
+    # A handler of logs whose stream an earlier test captured and closed says so with a traceback.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     place = tmp_path / "served" / KINDS[kind].partition("://")[2].removeprefix("datasets/")
     shutil.copytree(folder, place)
     with served.serve(tmp_path / "served", kind) as server:
         reach(kind, server.url, monkeypatch)
         server.path = KINDS[kind]
         yield server
-
-
-def reopen(monkeypatch) -> None:
-    """Let all handlers of logs write to stderr whose stream an earlier test captured and closed."""
-    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
-        for handler in getattr(logger, "handlers", ()):
-            if getattr(getattr(handler, "stream", None), "closed", False):
-                monkeypatch.setattr(handler, "stream", sys.stderr)
 
 
 def reach(kind: str, url: str, monkeypatch) -> None:
