@@ -54,12 +54,29 @@ def qwen_image(state: State) -> State:
     return dict(state)
 
 
+JOINT = [  # blocks of two streams, as FLUX's makers name them
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"\.attn\.(img|txt)_qkv\.", r".\1_attn.qkv."),
+    (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
+    (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
+    (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
+    (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+]
+
+
+def joined(state: State) -> State:
+    """The projections to queries, keys and values of both streams, each fused into one."""
+    state = fused(state, ("to_q", "to_k", "to_v"), "img_qkv")
+    return fused(state, ("add_q_proj", "add_k_proj", "add_v_proj"), "txt_qkv")
+
+
 def flux2(state: State) -> State:
     shift, scale = "norm_out.linear.weight", "final_layer.adaLN_modulation.1.weight"
     state = dict(state)
     first, second = state.pop(shift).chunk(2)
-    state = fused(state, ("to_q", "to_k", "to_v"), "img_qkv")
-    state = fused(state, ("add_q_proj", "add_k_proj", "add_v_proj"), "txt_qkv")
+    state = joined(state)
     pairs = [
         (r"^x_embedder\.", "img_in."),
         (r"^context_embedder\.", "txt_in."),
@@ -74,14 +91,7 @@ def flux2(state: State) -> State:
         (r"^single_transformer_blocks\.(\d+)\.attn\.norm_", r"single_blocks.\1.norm.norm_"),
         (r"\.norm\.norm_q\.weight", ".norm.query_norm.scale"),
         (r"\.norm\.norm_k\.weight", ".norm.key_norm.scale"),
-        (r"^transformer_blocks\.", "double_blocks."),
-        (r"\.attn\.(img|txt)_qkv\.", r".\1_attn.qkv."),
-        (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
-        (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
-        (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
-        (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
-        (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
-        (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+        *JOINT,
         (r"\.ff\.linear_in\.", ".img_mlp.0."),
         (r"\.ff\.linear_out\.", ".img_mlp.2."),
         (r"\.ff_context\.linear_in\.", ".txt_mlp.0."),
@@ -164,8 +174,7 @@ def chroma(state: State) -> State:
     alone = renamed(alone, [(r"\.attn\.to_", ".to_")])
     alone = fused(alone, ("to_q", "to_k", "to_v", "proj_mlp"), "linear1")
     joint = {n: x for n, x in state.items() if n not in alone and not n.startswith("single_")}
-    joint = fused(joint, ("to_q", "to_k", "to_v"), "img_qkv")
-    joint = fused(joint, ("add_q_proj", "add_k_proj", "add_v_proj"), "txt_qkv")
+    joint = joined(joint)
     pairs = [
         (r"^x_embedder\.", "img_in."),
         (r"^context_embedder\.", "txt_in."),
@@ -177,14 +186,7 @@ def chroma(state: State) -> State:
         (r"^(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
         (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
         (r"^(single_blocks\.\d+)\.proj_out\.", r"\1.linear2."),
-        (r"^transformer_blocks\.", "double_blocks."),
-        (r"\.attn\.(img|txt)_qkv\.", r".\1_attn.qkv."),
-        (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
-        (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
-        (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
-        (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
-        (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
-        (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+        *JOINT,
         (r"\.ff\.net\.0\.proj\.", ".img_mlp.0."),
         (r"\.ff\.net\.2\.", ".img_mlp.2."),
         (r"\.ff_context\.net\.0\.proj\.", ".txt_mlp.0."),
