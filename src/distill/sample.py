@@ -124,8 +124,7 @@ def check(cfg: DictConfig) -> list[str]:
     check_precision(cfg.precision)
     check_lora(cfg)
     prompts = _prompts(cfg)
-    if cfg.image is not None:
-        picture_keys.check_image(cfg.image)
+    size = None if cfg.image is None else picture_keys.check_image(cfg.image)
     family = picture_keys.family_of_run(cfg.run)
     edits = family is not None and family.image == "source"
     if family is not None:
@@ -133,7 +132,7 @@ def check(cfg: DictConfig) -> list[str]:
         picture_keys.check_fills(family, cfg.run, cfg.mask)
         editing.check_edit(cfg, edits, family.in_context)
     if cfg.mask is not None:
-        picture_keys.check_mask(cfg.image, cfg.mask)
+        picture_keys.check_mask(cfg.image, size, cfg.mask)
     picture_keys.check_has_start(cfg.image, cfg.strength, edits)
     if cfg.strength is None:
         cfg.strength = 0.5 if cfg.mask is None else 1.0

@@ -75,16 +75,16 @@ def check_size_fits(run: str, size: Any) -> None:
         limits.check_multiples(sides, None, unit, "")
 
 
-def check_image(image: str) -> None:
-    """Raise FileNotFoundError or ValueError for a file that is no picture."""
+def check_image(image: str) -> tuple[int, int]:
+    """Width and height of a picture. Raises FileNotFoundError or ValueError for other files."""
     if not Path(image).is_file():
         raise FileNotFoundError(f"image={image}: no such file; give a picture")
-    _opened("image", image)
+    return _opened("image", image).size
 
 
-def check_mask(image: str | None, mask: str) -> None:
-    """Check that there is a picture and a mask of its size, without transparent parts and with
-    something to fill.
+def check_mask(image: str | None, size: tuple[int, int] | None, mask: str) -> None:
+    """Check that there is a picture of this size and a mask of the same, without transparent parts
+    and with something to fill.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -93,9 +93,9 @@ def check_mask(image: str | None, mask: str) -> None:
     if not Path(mask).is_file():
         what = "no such file; give a picture of the size of image=, white where to fill"
         raise FileNotFoundError(f"mask={mask}: {what}")
-    picture, painted = _opened("image", image), _opened("mask", mask)
-    if picture.size != painted.size:
-        said = ["{}x{}".format(*each.size) for each in (painted, picture)]
+    painted = _opened("mask", mask)
+    if size != painted.size:
+        said = ["{}x{}".format(*each) for each in (painted.size, size)]
         what = f"is {said[0]}, and image={image} is {said[1]}"
         raise ValueError(f"mask={mask}: {what}; make them of one size")
     if painted.has_transparency_data and painted.convert("RGBA").getextrema()[3][0] < 255:
