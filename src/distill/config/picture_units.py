@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import editing
 from distill.config.compose import shipped
+from distill.config.preference import PREFERENCES
 from distill.core import limits
 from distill.teachers import families
 from distill.teachers.loading import locate
@@ -15,7 +16,6 @@ from distill.teachers.loading.settings import in_folder, unit_of
 
 IMAGES = "distill.data.source.images"
 DRAWN = "distill.data.source.drawn"
-PREFERENCES = "distill.data.source.preferences"  # without a size they are latents
 
 
 def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
@@ -28,6 +28,7 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     unit = _unit(teacher, family) or (family.usual_unit if family and published else None)
     editing.check_pairs_fit(data, family)
     of_pictures = data.get("_target_") in (IMAGES, DRAWN, editing.EDIT_PAIRS)
+    # Pairs of a preference without a size are latents.
     of_pictures |= data.get("_target_") == PREFERENCES and data.get("size") is not None
     if unit and of_pictures and not teacher.get("vae"):
         plain = OmegaConf.to_container(data, resolve=True)

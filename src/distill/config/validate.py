@@ -18,8 +18,13 @@ from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
-from distill.config.picture_units import check_fit, check_made
-from distill.config.preference import PREFERENCES, check_captions_alone, check_preference
+from distill.config.picture_units import IMAGES, check_fit, check_made
+from distill.config.preference import (
+    PREFERENCES,
+    PROMPTS,
+    check_captions_alone,
+    check_preference,
+)
 from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
     COUNTS,
@@ -46,9 +51,7 @@ from distill.teachers import families
 from distill.teachers.loading import locate
 from distill.teachers.loading.settings import check_settings, in_folder
 
-PROMPTS = "distill.data.source.prompts"
 LATENTS = "distill.data.source.latents"
-IMAGES = "distill.data.source.images"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
