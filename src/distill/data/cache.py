@@ -215,8 +215,8 @@ def _indexed(
         return index(str(part), masked(stored.url))
     except ValueError as error:
         size = f"its store says that it has {stored.size:,} bytes"
-        what = f"{str(error).rstrip('.')} ({size}; if it has more, copy it to a disk and give that)"
-        raise ValueError(f"data.path: {what}") from None
+        what = f"{size}; if it has more, copy it to a disk and give that"
+        raise ValueError(f"{error} ({what})") from None
 
 
 def _at(place: object, url: str) -> tuple[str, int, int]:
