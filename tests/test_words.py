@@ -264,10 +264,22 @@ CLOSED = [
     *(("distill", "--help", 0), ("distill", "recipes", 0), ("distill.run", "--help", 0)),
     *(("distill.run", "--cfg job", 0), ("distill.check", "data.path=nope", 1)),
     *(("distill.compare", "runs=nope", 1), ("distill.completion", "bash", 0)),
-    pytest.param("distill.doctor", "teacher.path=nope", 1, marks=pytest.mark.slow),  # loads torch
-    pytest.param("distill.doctor", "", 0, marks=pytest.mark.slow),
+    ("distill.doctor", "teacher.nope=1", 1),
+    pytest.param("distill.doctor", "", 0, marks=pytest.mark.slow),  # loads torch
     ("distill.demo", "run=./nope", 1),
 ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
+def test_a_fail_of_doctor_is_a_line_of_its_table(tmp_path):
+    """So it goes where the table goes, and nothing else is said where that is closed."""
+    for closed, lines in (("", 1), (">&-", 0)):
+        line = f"exec {sys.executable} -m distill.doctor teacher.path=nope {closed}"
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, timeout=300)
+        assert done.returncode == 1
+        assert done.stdout.decode().count("fail teacher.path=nope: no such folder") == lines
+        assert done.stderr == b""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
