@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ import tiny
 from distill import students
 from distill.config.compose import shipped
 from distill.config.models import sampler_of, student_of
+from distill.exporting import openvino_files
 from distill.sampling import Consistency, Euler, EulerAncestral, distilled, seeded, to_bytes
 from distill.teachers.families import BUILT_IN
 from distill.teachers.loading.locate import is_distilled, pipeline_folder
 
 ort = pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
 pytest.importorskip("onnxscript", reason="pip install -e '.[onnx]'")
+NO_OPENVINO = importlib.util.find_spec("openvino") is None
+needs_openvino = pytest.mark.skipif(NO_OPENVINO, reason="pip install -e '.[openvino]'")
 PAGE = Path(__file__).parents[1] / "docs" / "how_to" / "onnx.md"
 CAPTIONS = ("a large red star on black", "")
 # Family -> the sampler of its student, so that each is used.
@@ -216,9 +221,31 @@ def test_int8_makes_the_denoiser_smaller_and_moves_it_little(exported, forks, tm
     assert "x0 differs by" in fork.said("out")
 
 
+LISTEN = """
+import os, sys, threading, time
+from distill.exporting import openvino_files
+
+calls = []
+os.register_at_fork(before=lambda: calls.append("fork"))
+sys.addaudithook(lambda name, _: calls.append(name) if name == "socket.connect" else None)
+library = openvino_files.openvino()
+time.sleep(2)
+print(library.__name__, calls, threading.active_count())
+"""
+
+
+@needs_openvino
+def test_openvino_reports_to_nobody_and_forks_nothing():
+    """Its telemetry would send from a forked process as soon as the library is imported."""
+    words = [sys.executable, "-c", LISTEN]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["openvino", "[]", "1"], done.stderr
+
+
 @pytest.mark.slow
+@needs_openvino
 def test_openvino_is_checked_in_its_runtime(forks, tmp_path):
-    openvino = pytest.importorskip("openvino", reason="pip install -e '.[openvino]'")
+    library = openvino_files.openvino()
     run = student_folder("sd35", tmp_path)
     words = [f"run={run}", "to=openvino", f"out={tmp_path / 'ov'}"]
     fork = forks.command("export", words, out=tmp_path / "said", err=tmp_path / "err")
@@ -228,7 +255,7 @@ def test_openvino_is_checked_in_its_runtime(forks, tmp_path):
     for part in about["networks"].values():
         file = tmp_path / "ov" / part["file"]
         assert file.suffix == ".xml"
-        assert {port.get_any_name() for port in openvino.Core().read_model(file).inputs} == set(
+        assert {port.get_any_name() for port in library.Core().read_model(file).inputs} == set(
             part["inputs"]
         )
     assert not list((tmp_path / "ov").glob("*.onnx*"))

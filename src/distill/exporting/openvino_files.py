@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,16 +16,23 @@ from distill.machine.faults import first_line
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # else it computes in bfloat16 where a CPU can
 
 
+def openvino() -> Any:
+    """The library without its telemetry, which would send as soon as it is imported, without being
+    asked, from a fork of this process.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # "not installed"
+    return importlib.import_module("openvino")
+
+
 def convert(file: Path) -> Path:
     """Replace an .onnx file by an .xml file with the network and a .bin file with its weights.
 
     Raises ValueError where OpenVINO cannot read it.
     """
-    import openvino
-
+    library = openvino()
     try:
-        model = openvino.convert_model(file)
-        openvino.save_model(model, file.with_suffix(".xml"), compress_to_fp16=False)
+        model = library.convert_model(file)
+        library.save_model(model, file.with_suffix(".xml"), compress_to_fp16=False)
     except Exception as error:  # its own classes
         what = f"OpenVINO cannot read the {file.stem} ({first_line(error, 120)})"
         raise ValueError(f"to=openvino: {what}; use to=onnx") from error
@@ -33,8 +43,6 @@ def convert(file: Path) -> Path:
 
 def run(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Outputs by name of a network."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(file, "CPU", PRECISE)
+    compiled = openvino().Core().compile_model(file, "CPU", PRECISE)
     found = compiled({name: x.numpy() for name, x in inputs.items()})
     return {output.get_any_name(): np.asarray(values) for output, values in found.items()}
