@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import string
@@ -31,7 +32,7 @@ from distill.students.lora import lora
 from distill.teachers.families import teacher_class
 from distill.teachers.flux import Flux
 from distill.teachers.flux2 import Flux2, Flux2Klein
-from distill.teachers.loading.settings import in_folder, unit_of
+from distill.teachers.loading.settings import in_folder, sides_of
 from distill.teachers.pixart import PixArtSigma
 from distill.teachers.sana import INSTRUCTION, Sana
 from distill.teachers.sd import SD
@@ -565,10 +566,11 @@ def test_a_smoke_run_leaves_a_student(family, method, command, folders, shards, 
 
 
 @each
-def test_what_sides_must_be_multiples_of_is_known_from_the_files_alone(family, teachers, folders):
-    said = KINDS[family]
-    assert unit_of(said, in_folder(folders(family)), "x") == teachers(family).unit
-    assert unit_of(said, lambda part: {}, "x") is None
+def test_the_sides_of_pictures_are_known_from_the_files_alone(family, teachers, folders):
+    said, teacher = KINDS[family], teachers(family)
+    most = teacher.unit * (teacher.network.positions or math.inf)
+    assert sides_of(said, in_folder(folders(family)), "x") == (teacher.unit, most)
+    assert sides_of(said, lambda part: {}, "x") is None
 
 
 @pytest.mark.parametrize("sides", ["data.size=60", "data.buckets=[[64,64],[64,60]]"])

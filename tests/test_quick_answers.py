@@ -491,6 +491,19 @@ WRONG = [
         "prompts={here}/prompts.txt out=o size=60",
         "size=60: must be a multiple of 8 for this teacher",
     ),
+    # beyond the positions of SD3's kind
+    ("run", f"{MADE}[[64,64],[96,64]]", "buckets: [96, 64] must be at most 64 for this teacher; "),
+    (
+        "check",
+        "data=images data.path={here} data.size=128 teacher=shapes",
+        "data.size=128: must be at most 64 for this teacher; use 64",
+    ),
+    (
+        "synthesize",
+        "prompts={here}/prompts.txt out=o size=[128,60]",
+        "size=[128, 60]: must be multiples of 8 for this teacher; use [64, 56]",
+    ),
+    ("sample", "run=shapes:mmdit prompt=x size=[72,64]", "size=[72, 64]: must be at most 64 for "),
     ("synthesize", "prompts=nope.tsv out=o", "nope.tsv: cannot be read as a table (No such file"),
     ("synthesize", "prompts=nope out=o", "prompts=nope: cannot be read as lines of UTF-8 text"),
     ("synthesize", "prompts={here}/prompts.txt out=o teacher.path=./no", "./no: no such folder"),

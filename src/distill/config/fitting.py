@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,8 @@ def check_data_fits(cfg: DictConfig, data: Any, teacher: Any) -> None:
             made["teacher"],
             what,
         )
-    limits.check_multiples(size, data.buckets, teacher.unit if size else teacher.patch)
+    unit = teacher.unit if size else teacher.patch
+    limits.check_sides(size, data.buckets, unit, unit * (teacher.network.positions or math.inf))
 
 
 def _check_frames(cfg: DictConfig, found: Sequence[int], own: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from distill.core import limits
 from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import in_folder, unit_of
+from distill.teachers.loading.settings import in_folder, sides_of
 
 READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
@@ -67,12 +67,12 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
 
 
 def check_size_fits(run: str, size: Any) -> None:
-    """Check that the sides of a size are multiples of the model's unit, if its files are here."""
+    """Check that the model makes pictures of this size, if its files are here."""
     folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
-    unit = unit_of(family, in_folder(folder), f"run={run}") if family else None
-    if unit and size is not None:
-        sides = list(size) if isinstance(size, ListConfig) else size
-        limits.check_multiples(sides, None, unit, "")
+    sides = sides_of(family, in_folder(folder), f"run={run}") if family else None
+    if sides and size is not None:
+        plain = list(size) if isinstance(size, ListConfig) else size
+        limits.check_sides(plain, None, *sides, key="")
 
 
 def check_image(image: str) -> tuple[int, int]:

@@ -279,23 +279,42 @@ def check_shift(settings: Mapping[str, Any], key: str) -> None:
         raise ValueError(f"{key}.base_image_seq_len={base}: {what}")
 
 
-def check_multiples(
-    size: Any, buckets: Sequence[Sequence[int]] | None, unit: int, key: str = "data."
+def check_sides(
+    size: Any,
+    buckets: Sequence[Sequence[int]] | None,
+    unit: int,
+    most: float = math.inf,
+    key: str = "data.",
 ) -> None:
     """Raise ValueError for sides of pictures or latents that are not multiples of the teacher's
-    token size. `key` is the dotted prefix of both settings; size is a side, or [width, height].
+    token size, or larger than `most`. `key` is the dotted prefix of both settings; size is a side,
+    or [width, height].
     """
     for bucket in buckets or ():
-        if any(side % unit for side in bucket):
-            what = f"must be multiples of {unit} for this teacher"
-            near = [max(unit, side // unit * unit) for side in bucket]
+        near = [_near(side, unit, most) for side in bucket]
+        if near != list(bucket):
+            what = f"must be {_allowed(bucket, 2, unit, most)} for this teacher"
             raise ValueError(f"{key}buckets: {list(bucket)} {what}; use {near}")
-    sides = size if isinstance(size, Sequence) else [size] if size else []
-    if any(side % unit for side in sides) and not buckets:
-        lower = [max(unit, side // unit * unit) for side in sides]
-        use = f"{lower[0]} or {lower[0] + unit}" if len(lower) == 1 else lower
-        what = f"must be {'a multiple' if len(lower) == 1 else 'multiples'} of {unit}"
+    sides = list(size) if isinstance(size, Sequence) else [size] if size else []
+    near = [_near(side, unit, most) for side in sides]
+    if near != sides and not buckets:
+        use = near if len(near) > 1 else f"{near[0]}"
+        if len(near) == 1 and near[0] + unit <= most:
+            use = f"{near[0]} or {near[0] + unit}"
+        what = f"must be {_allowed(sides, len(sides), unit, most)}"
         raise ValueError(f"{key}size={size}: {what} for this teacher; use {use}")
+
+
+def _near(side: int, unit: int, most: float) -> int:
+    """The largest side that is allowed and not above this one, or the smallest."""
+    return max(unit, int(min(side, most)) // unit * unit)
+
+
+def _allowed(sides: Sequence[int], count: int, unit: int, most: float) -> str:
+    """In words, the first of two rules that these sides break."""
+    if any(side % unit for side in sides):
+        return f"{'a multiple' if count == 1 else 'multiples'} of {unit}"
+    return f"at most {most}"
 
 
 def _is_share(share: object) -> bool:

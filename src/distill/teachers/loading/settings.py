@@ -4,9 +4,10 @@ Those that no adapter supports are refused by name. Nothing here imports torch: 
 before weights are loaded.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.families import Family
@@ -128,18 +129,23 @@ def cell_of(vae: Config, where: str) -> int:
     return 2 ** (len(widths) - 1)
 
 
-def unit_of(family: Family, config_of: Callable[[str], Config], where: str) -> int | None:
-    """The number of which a picture's sides must be multiples, in pixels; None where the files lack
-    it.
+class Sides(NamedTuple):
+    """What the sides of a teacher's pictures are, in pixels."""
 
-    Pixels per latent times latents per token.
-    """
+    unit: int  # they are multiples of it: pixels per latent times latents per token
+    most: float = math.inf  # that its embedded positions reach
+
+
+def sides_of(family: Family, config_of: Callable[[str], Config], where: str) -> Sides | None:
+    """The sides of pictures of a pipeline; None where its files lack them."""
     vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
     # the denoiser's own patch_size is that of what is packed already
     patch = family.packing if family.packing > 1 else _patch_of(net)
     if not vae or not net or type(patch) is not int:
         return None
-    return patch * family.folding * cell_of(vae, where)
+    unit = patch * family.folding * cell_of(vae, where)
+    positions = net.get("pos_embed_max_size")
+    return Sides(unit, positions * unit) if type(positions) is int else Sides(unit)
 
 
 def _patch_of(net: Config) -> Any:
