@@ -137,31 +137,36 @@ def test_what_the_file_leaves_out_comes_from_the_folder(layout, kept, written, t
 # -- a transformer alone, of families whose parts never come in one file ---------------------------
 
 
+COMFYUI = "model.diffusion_model."  # before the names in ComfyUI's files, not in the makers' own
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Family -> (its folder, the transformer in its makers' layout, the folder without it)."""
+    """Family and prefix of names -> (its folder, the transformer in its makers' layout, the folder
+    without it).
+    """
     made = {}
 
-    def of(family):
-        if family not in made:
+    def of(family, prefix=COMFYUI):
+        if (family, prefix) not in made:
             place = tmp_path_factory.mktemp(family)
             folder = families.write(family, place / "folder")
             if family in makers.WIDE:
                 makers.widen(folder, family)
             (weights,) = (folder / "transformer").glob("*.safetensors")
             state = makers.LAYOUTS[family](load_file(weights))
-            if family not in ("flux2", "chroma"):  # ComfyUI's have the prefix, makers' have not
-                state = ldm.under("model.diffusion_model.", state)
+            state = ldm.under(prefix, state)
             state = {name: tensor.clone().contiguous() for name, tensor in state.items()}
             save_file(state, place / "model.safetensors")
             config = shutil.copytree(folder, place / "config")
             (config / "transformer" / weights.name).unlink()
-            made[family] = folder, place / "model.safetensors", config
-        return made[family]
+            made[family, prefix] = folder, place / "model.safetensors", config
+        return made[family, prefix]
 
     return of
 
 
+@pytest.mark.parametrize("prefix", ["", COMFYUI])
 @pytest.mark.parametrize(
     "family",
     [
@@ -169,8 +174,8 @@ def alone(tmp_path_factory):
         for name in makers.LAYOUTS
     ],
 )
-def test_a_transformer_in_its_makers_layout_is_the_folder(family, alone):
-    folder, file, config = alone(family)
+def test_a_transformer_in_its_makers_layout_is_the_folder(family, prefix, alone):
+    folder, file, config = alone(family, prefix)
     options = OPTIONS[family] | {"dtype": "bfloat16" if family in makers.WIDE else "float32"}
     whole = families.teacher_at(folder, **options)
     single = type(whole)(str(file), config=str(config), **options)
