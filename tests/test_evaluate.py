@@ -350,7 +350,7 @@ def test_shapes_are_evaluated_at_other_sizes(command, pipelines, tmp_path):
     ("words", "said"),
     [
         (["metrics=shapes", "metrics.size=[32,96]"], "the largest object needs 40 pixels"),
-        (["metrics=shapes", "metrics.size=[63,96]"], "in multiples of 4"),
+        (["metrics=shapes", "metrics.size=[63,96]"], "must be multiples of 4 for this"),
         (["metrics=shapes_fill", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
         (["metrics=shapes_edit", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
     ],

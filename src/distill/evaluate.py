@@ -121,6 +121,7 @@ def check(cfg: DictConfig) -> None:
     if not _pictures(Path(cfg.run)):
         validate.check_model(cfg.run)
         refuse_videos(cfg.run, "this evaluation")
+        picture_keys.check_size_fits(cfg.run, cfg.metrics.get("size"), "metrics.")
         if "measures" in cfg.metrics:
             picture_keys.refuse_readers(cfg.run, "this evaluation")
         read_unchecked(cfg.run, "discriminator.features")

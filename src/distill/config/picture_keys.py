@@ -66,13 +66,15 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
         raise ValueError(f"{key}={run}: {what}; use the sample command with {keys}")
 
 
-def check_size_fits(run: str, size: Any) -> None:
-    """Check that the model makes pictures of this size, if its files are here."""
+def check_size_fits(run: str, size: Any, key: str = "") -> None:
+    """Check that the model makes pictures of this size, if its files are here. `key` is the dotted
+    prefix of the setting.
+    """
     folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
     sides = sides_of(family, in_folder(folder), f"run={run}") if family else None
     if sides and size is not None:
         plain = list(size) if isinstance(size, ListConfig) else size
-        limits.check_sides(plain, None, *sides, key="")
+        limits.check_sides(plain, None, *sides, key)
 
 
 def check_image(image: str) -> tuple[int, int]:

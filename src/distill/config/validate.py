@@ -99,6 +99,7 @@ def check_run(cfg: DictConfig) -> None:
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
+        check_made(cfg.teacher, cfg.metrics, "metrics.")
     check_run_dir_free(cfg)
 
 
