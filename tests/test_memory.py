@@ -208,5 +208,5 @@ def test_a_pipeline_is_counted_from_its_headers(family, tmp_path):
         assert count <= found[name] <= 1.02 * count + 4000  # and buffers
     side = sizes.pixels_of(folder, "transformer" if "transformer" in found else "unet")
     assert side == (None if "size" in families.FAMILIES[family].options else 64)
-    half, single = (sizes.decoding(folder, 64, dtype) for dtype in ("bfloat16", "float32"))
+    half, single = (sizes.decoding(folder, 64, 64, dtype) for dtype in ("bfloat16", "float32"))
     assert half < single <= 2 * half

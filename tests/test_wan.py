@@ -24,6 +24,7 @@ import cards
 import families
 import tiny
 from distill.config.models import student_of
+from distill.core.limits import at_once
 from distill.core.score_distillation import guided_x0
 from distill.core.tensors import strips
 from distill.core.types import Logits
@@ -32,10 +33,12 @@ from distill.discriminators.fake_score import Classifiers
 from distill.discriminators.heads import ConvHeads
 from distill.discriminators.pool import Pool
 from distill.exporting.card import write_card
+from distill.machine.memory import peak
 from distill.sampling import Consistency, seeded, to_bytes
 from distill.sampling.guided import guided
 from distill.students import full, save_pipeline
 from distill.students.lora import lora
+from distill.teachers.loading import sizes
 from families import opened
 
 PAGE = Path(__file__).parents[1] / "docs" / "how_to" / "video.md"
@@ -375,6 +378,23 @@ def test_prompts_alone_suffice(folder, command, tmp_path):
     more = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}", f"method.real={real}"]
     code, _, err = command("run", *run_words(folder, tmp_path / "run", *more))
     assert code == 0, err
+
+
+def test_the_doctor_counts_the_decoding_of_a_sample(folder, command):
+    """In float32, as its autoencoder stays, and in tiles if asked; of the teacher's frames."""
+    code, out, err = command("doctor", *run_words(folder, "run", "teacher.dtype=bfloat16"))
+    assert code == 0, err
+    (line,) = (x for x in out.splitlines() if "decoding" in x)
+    assert re.search(r"decoding a video of 9 frames of 48x32 \d+\.\d\d GB", line)
+    vae = opened(folder).vae.eval()
+    x = torch.zeros(at_once(32, 9 * 48), *SHAPE)  # as many small ones as are decoded together
+    with torch.no_grad():
+        found = peak(lambda: vae.decode(x).sample)
+    for dtype in ("bfloat16", "float32"):
+        assert sizes.decoding(folder, 32, 48, dtype, frames=9) == pytest.approx(found, rel=0.01)
+    many = [sizes.decoding(folder, 320, 480, "float32", frames=9, tiling=x) for x in (True, False)]
+    assert many[0] < many[1]
+    assert sizes.decoding(folder, 320, 480, "float32", frames=5) < many[1]
 
 
 def test_sample_writes_a_video_with_its_settings(exported, command, tmp_path):

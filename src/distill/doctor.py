@@ -147,7 +147,6 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
 
     from distill.config.counting import can_shard
     from distill.machine import budget, hardware
-    from distill.teachers.loading import sizes
 
     part = "transformer" if "transformer" in counts else "unet"
     network, total = counts.get(part, 0), sum(counts.values())
@@ -166,9 +165,7 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
     on_device, on_host = trained_bytes(cfg, path, part, network)
     shared = frozen + on_device
     encoders = other_weights(cfg, counts, width)
-    side, decoding = pictures_side(cfg, path, part), {}
-    if side:
-        decoding[f"decoding pictures of {side}x{side}"] = sizes.decoding(path, side, dtype)
+    decoding = sample_decoding(cfg, path, part)
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     step, reason = step_memory(cfg)
     on_top = ", and activations on top"
@@ -337,13 +334,23 @@ def orphaned() -> list[int]:
     return sorted(found)
 
 
-def pictures_side(cfg: DictConfig, path: Path, denoiser: str) -> int | None:
-    """Pixels a side of the sample pictures during training; None for a run without them."""
+def sample_decoding(cfg: DictConfig, path: Path, denoiser: str) -> dict[str, float]:
+    """Bytes that decoding the samples takes during training, under what they are; {} for a run
+    without them, or where the size of its pictures is nowhere.
+    """
     from distill.teachers.loading import sizes
 
     if not OmegaConf.select(cfg, "callbacks.samples._target_"):
-        return None
-    return cfg.teacher.get("size") or sizes.pixels_of(path, denoiser)
+        return {}
+    teacher, frames = cfg.teacher, cfg.teacher.get("frames", 0)
+    side = teacher.get("size") or sizes.pixels_of(path, denoiser) or 0
+    height, width = (teacher.height, teacher.width) if frames else (side, side)
+    if not height:
+        return {}
+    what = f"a video of {frames} frames" if frames else "pictures"
+    dtype, tiling = teacher.get("dtype", "float32"), bool(teacher.get("tiling"))
+    bytes_of = sizes.decoding(path, height, width, dtype, frames=frames, tiling=tiling)
+    return {f"decoding {what} of {width}x{height}": bytes_of}
 
 
 def embedded(cfg: DictConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
-from distill.core.limits import AT_ONCE, at_once
+from distill.core.limits import AT_ONCE, FRAMES, at_once
 from distill.machine.memory import peak
 from distill.storage.bounded import check_header, mapping_of
 from distill.teachers.loading import settings
@@ -93,24 +93,27 @@ def config_of(path: Path, part: str) -> dict[str, Any]:
     return dict(mapping_of(file))
 
 
-def decoding(path: Path, side: int, dtype: str) -> int:
-    """Bytes that the decoder of a pipeline folder needs for pictures of `side` x `side`, without
-    its weights.
+def decoding(
+    path: Path, height: int, width: int, dtype: str, *, frames: int = 0, tiling: bool = False
+) -> int:
+    """Bytes that the decoder of a pipeline folder needs for pictures of this size in pixels, or for
+    a video of so many `frames`, without its weights.
 
     In batches of `limits.at_once`, and in tiles above that size, as in `PipelineTeacher.pictures`.
+    tiling: in tiles of any size, as the teacher's option.
     """
     config = config_of(path, "vae")
     name = str(config.get("_class_name"))
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
     kind = getattr(diffusers, name)
-    precision = getattr(torch, dtype)
+    precision = torch.float32 if frames else getattr(torch, dtype)  # Wan's stays in float32
     vae: Any = without_weights(kind, Path(home_of(path, "vae"), "vae"), precision)
-    if side**2 > AT_ONCE and hasattr(vae, "enable_tiling"):
+    if (tiling or height * width > AT_ONCE) and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
     channels = config.get("latent_channels") or config.get("z_dim") or 4
-    frames = [1] if "temperal_downsample" in config else []  # of an autoencoder of videos
-    sides = [side // cell_of(path)] * 2
-    shape = (at_once(side, side), channels, *frames, *sides)
+    times = [max(frames - 1, 0) // FRAMES + 1] if "temperal_downsample" in config else []
+    sides = [side // cell_of(path) for side in (height, width)]
+    shape = (at_once(height, width * max(frames, 1)), channels, *times, *sides)
     latents = torch.empty(shape, dtype=precision, device="meta")
     return peak(lambda: vae.decode(latents).sample)
