@@ -27,10 +27,10 @@ demo: $(DEMO) ## a page where pictures change as one types; ARGS="run=runs/..."
 	$(PY) -m distill.demo $(ARGS)
 
 test: $(DEV) ## the fast tests
-	$(PY) -m pytest $(PARALLEL) --timeout 300 $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --timeout 300 --durations 15 $(ARGS)
 
 test-slow: $(DEV) ## the slow tests
-	$(PY) -m pytest $(PARALLEL) --timeout 3600 -m "slow and not gpu" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --timeout 3600 --durations 40 -m "slow and not gpu" $(ARGS)
 
 check: $(DEV) ## format, lint and types; how the code reads, in numbers
 	$(PY) -m ruff format --check .
