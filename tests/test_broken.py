@@ -62,7 +62,7 @@ def test_every_command_says_which_network_is_broken(name, pipelines, command, tm
     Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
     teacher = f"teacher.path={model}"
     given, key = {
-        "cache": ([teacher, "data.path=photos"], "teacher.path"),
+        "cache": ([teacher, "data.path=photos", "data.size=64"], "teacher.path"),
         "synthesize": ([teacher, "prompts=prompts.txt"], "teacher.path"),
         "sample": ([f"run={model}", "prompt=a star"], "run"),
         "evaluate": ([f"run={model}", "steps=1"], "run"),

@@ -239,7 +239,7 @@ def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp
     assert len(folders()) == 3
     with pytest.raises(
         AssertionError,
-        match=r"metrics\.size=33: must be a side, or \[width,height\], in multiples of ",
+        match=r"metrics\.size=33: must be a multiple of 8 for this teacher; use 32 or 40",
     ):
         judged(student, *few, "metrics.size=33")
     other = shutil.copytree(student, tmp_path / "other")

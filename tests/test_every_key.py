@@ -24,7 +24,7 @@ from distill.config.compose import dotted
 
 OPTIONS = [  # of groups that no experiment takes
     "teacher=sdxl_instruct_pix2pix", "teacher=sd3_inpaint data=images data.masks=true",
-    "data=images",
+    "data=images data.size=64",
     "data=synthetic", "data=renders", "logger=[wandb,mlflow,trackio]",
     "metrics=coco5k",
     "student=lora", "student=stylegan method=add method.levels.odds=[1,0,0,0]",

@@ -238,7 +238,7 @@ print(library.__name__, calls, threading.active_count())
 def test_openvino_reports_to_nobody_and_forks_nothing():
     """Its telemetry would send from a forked process as soon as the library is imported."""
     words = [sys.executable, "-c", LISTEN]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.stdout.split() == ["openvino", "[]", "1"], done.stderr
 
 
