@@ -144,8 +144,18 @@ def sides_of(family: Family, config_of: Callable[[str], Config], where: str) -> 
     if not vae or not net or type(patch) is not int:
         return None
     unit = patch * family.folding * cell_of(vae, where)
-    positions = net.get("pos_embed_max_size")
+    positions = _positions_of(net)
     return Sides(unit, positions * unit) if type(positions) is int else Sides(unit)
+
+
+def _positions_of(net: Config) -> Any:
+    """Largest number of tokens a side, if positions are embedded: of SD3, Wan, or a NextDiT, whose
+    first axis is that of captions.
+    """
+    lengths = net.get("axes_lens")
+    if isinstance(lengths, list) and len(lengths) > 1 and all(type(x) is int for x in lengths):
+        return min(lengths[1:])
+    return net.get("pos_embed_max_size") or net.get("rope_max_seq_len")
 
 
 def _patch_of(net: Config) -> Any:
