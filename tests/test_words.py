@@ -274,7 +274,7 @@ CLOSED = [
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
 def test_a_fail_of_doctor_is_a_line_of_its_table(tmp_path):
     """So it goes where the table goes, and nothing else is said where that is closed."""
-    for closed, lines in (("", 1), (">&-", 0)):
+    for closed, lines in (("", 1), (">&-", 0), ("<&- >&- 2>&-", 0)):
         line = f"exec {sys.executable} -m distill.doctor teacher.path=nope {closed}"
         done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, timeout=300)
         assert done.returncode == 1

@@ -293,7 +293,7 @@ def check_sides(
     for bucket in buckets or ():
         near = [_near(side, unit, most) for side in bucket]
         if near != list(bucket):
-            what = f"must be {_allowed(bucket, 2, unit, most)} for this teacher"
+            what = f"must be {_allowed(bucket, unit, most)} for this teacher"
             raise ValueError(f"{key}buckets: {list(bucket)} {what}; use {near}")
     sides = list(size) if isinstance(size, Sequence) else [size] if size else []
     near = [_near(side, unit, most) for side in sides]
@@ -301,7 +301,7 @@ def check_sides(
         use = near if len(near) > 1 else f"{near[0]}"
         if len(near) == 1 and near[0] + unit <= most:
             use = f"{near[0]} or {near[0] + unit}"
-        what = f"must be {_allowed(sides, len(sides), unit, most)}"
+        what = f"must be {_allowed(sides, unit, most)}"
         raise ValueError(f"{key}size={size}: {what} for this teacher; use {use}")
 
 
@@ -310,10 +310,10 @@ def _near(side: int, unit: int, most: float) -> int:
     return max(unit, int(min(side, most)) // unit * unit)
 
 
-def _allowed(sides: Sequence[int], count: int, unit: int, most: float) -> str:
+def _allowed(sides: Sequence[int], unit: int, most: float) -> str:
     """In words, the first of two rules that these sides break."""
     if any(side % unit for side in sides):
-        return f"{'a multiple' if count == 1 else 'multiples'} of {unit}"
+        return f"{'a multiple' if len(sides) == 1 else 'multiples'} of {unit}"
     return f"at most {most}"
 
 

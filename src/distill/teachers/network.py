@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.core.half_weights import HalfWeights
 from distill.core.process import Prediction, Process
 from distill.core.types import Cond
+from distill.teachers.loading.settings import positions_of
 
 
 class _LastTapReached(Exception):
@@ -89,7 +90,7 @@ class Network(nn.Module):
     @property
     def positions(self) -> int | None:
         """Largest number of tokens a side, if positions are embedded; None if there is no limit."""
-        return self.model.config.get("pos_embed_max_size") or None
+        return positions_of(self.model.config)
 
     def mu(self, config: Mapping[str, Any], tokens: int, steps: int) -> float:
         """Shift of the levels of `steps` steps for a picture of so many tokens, or its logarithm

@@ -22,10 +22,6 @@ class NextDiT(Transformer):
         return type(self)(model)
 
     @property
-    def positions(self) -> int:
-        return min(self.model.config.axes_lens[1:])
-
-    @property
     def caption_width(self) -> int:
         return self.model.config.cap_feat_dim
 

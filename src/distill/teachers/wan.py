@@ -28,10 +28,6 @@ class WanTransformer(Transformer):
         return int(self.model.config.patch_size[-1])
 
     @property
-    def positions(self) -> int:
-        return int(self.model.config.rope_max_seq_len)
-
-    @property
     def caption_width(self) -> int:
         return int(self.model.config.text_dim)
 

@@ -144,18 +144,20 @@ def sides_of(family: Family, config_of: Callable[[str], Config], where: str) -> 
     if not vae or not net or type(patch) is not int:
         return None
     unit = patch * family.folding * cell_of(vae, where)
-    positions = _positions_of(net)
-    return Sides(unit, positions * unit) if type(positions) is int else Sides(unit)
+    positions = positions_of(net)
+    return Sides(unit, positions * unit) if positions else Sides(unit)
 
 
-def _positions_of(net: Config) -> Any:
-    """Largest number of tokens a side, if positions are embedded: of SD3, Wan, or a NextDiT, whose
-    first axis is that of captions.
+def positions_of(net: Mapping[str, Any]) -> int | None:
+    """Largest number of tokens a side that a network's embedded positions reach, of SD3, Wan, or a
+    NextDiT, whose first axis is that of captions; None if there is no limit.
     """
     lengths = net.get("axes_lens")
-    if isinstance(lengths, list) and len(lengths) > 1 and all(type(x) is int for x in lengths):
-        return min(lengths[1:])
-    return net.get("pos_embed_max_size") or net.get("rope_max_seq_len")
+    if isinstance(lengths, list | tuple) and len(lengths) > 1:
+        found = lengths[1:]
+    else:
+        found = [net.get("pos_embed_max_size") or net.get("rope_max_seq_len")]
+    return min(found) if all(type(x) is int for x in found) else None
 
 
 def _patch_of(net: Config) -> Any:
