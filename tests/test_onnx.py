@@ -242,6 +242,29 @@ def test_openvino_reports_to_nobody_and_forks_nothing():
     assert done.stdout.split() == ["openvino", "[]", "1"], done.stderr
 
 
+AFTERWARDS = """
+import logging, sys
+from distill.exporting import openvino_files
+
+sys.stderr = kept = open(sys.argv[1], "w")
+openvino_files.openvino()
+print("absl" in sys.modules)
+sys.stderr = sys.__stderr__
+logging.shutdown()  # as Hydra does before it sets up the logs of a command
+print(kept.closed)
+import absl
+print(absl.__name__)
+"""
+
+
+@needs_openvino
+def test_openvino_leaves_no_handler_that_closes_stderr(tmp_path):
+    """It imports absl, whose handler closes the stderr of that moment."""
+    words = [sys.executable, "-c", AFTERWARDS, str(tmp_path / "other")]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
+    assert done.stdout.split() == ["False", "False", "absl"], done.stderr
+
+
 @pytest.mark.slow
 @needs_openvino
 def test_openvino_is_checked_in_its_runtime(forks, tmp_path):

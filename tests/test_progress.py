@@ -223,6 +223,21 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_handlers_of_libraries_do_not_close_the_terminal(capsys):
+    """Some close their stream when logging ends, as absl's; what is said afterwards is not lost."""
+    with record_output():
+        kept = (sys.stdout, sys.stderr)
+        for stream in kept:
+            stream.close()
+        say("still here")
+        print("and an error", file=sys.stderr)
+    kept[0].close()  # after the command
+    print("and later")
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["still here", "and later"]
+    assert said.err == "and an error\n"
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_pipe_that_nobody_reads_ends_no_work(kept, tmp_path):
     """Nor does it a run, which has a log, when more than progress is printed:

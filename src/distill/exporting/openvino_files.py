@@ -19,9 +19,19 @@ PRECISE = {"INFERENCE_PRECISION_HINT": "f32"}  # else it computes in bfloat16 wh
 def openvino() -> Any:
     """The library without its telemetry, which would send as soon as it is imported, without being
     asked, from a fork of this process.
+
+    It also imports absl where that is installed, only to take off a log handler of absl. The
+    handler keeps the stderr of that moment, and closes it when a later command sets up its logs.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # "not installed"
-    return importlib.import_module("openvino")
+    hide = "absl" not in sys.modules
+    if hide:
+        sys.modules["absl"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if hide:
+            del sys.modules["absl"]
 
 
 def convert(file: Path) -> Path:

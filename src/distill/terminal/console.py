@@ -114,6 +114,9 @@ class Stream:
     def flush(self) -> None:
         self.stream.flush()
 
+    def close(self) -> None:
+        """Leave the stream open: log handlers of libraries close what they were given."""
+
     def end(self) -> None:
         """Log and show the last line, if it has no line end."""
         with _lock, suppress(OSError, ValueError):
