@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
 import families
 import tiny
+from distill import doctor
 from distill.config import models
 from distill.core.limits import AT_ONCE, BYTES_AT_ONCE, at_once, drawn_at_once
 from distill.machine import hardware
@@ -210,3 +212,19 @@ def test_a_pipeline_is_counted_from_its_headers(family, tmp_path):
     assert side == (None if "size" in families.FAMILIES[family].options else 64)
     half, single = (sizes.decoding(folder, 64, 64, dtype) for dtype in ("bfloat16", "float32"))
     assert half < single <= 2 * half
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35", "wan"])
+def test_the_doctor_counts_the_autoencoder_in_its_own_dtype(family, dtype, family_folders):
+    """Wan's stays in float32, and SDXL's in place of float16, in which it overflows."""
+    folder = family_folders(family)
+    teacher = families.teacher_of(family, folder, dtype=dtype)
+    target = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
+    cfg = OmegaConf.create({"teacher": {"_target_": target, "dtype": dtype}, "data": {}})
+    assert doctor.autoencoder_dtype(cfg, folder) == str(teacher.vae.dtype).removeprefix("torch.")
+    count = sum(p.numel() for p in teacher.vae.parameters())
+    width = {"wan": 4, "sdxl": 2 if dtype == "bfloat16" else 4}
+    expected = count * width.get(family, 4 if dtype == "float32" else 2)
+    counted = doctor.other_weights(cfg, folder, {"vae": count}, 2)
+    assert counted == {"text encoders": 0, "autoencoder": expected}

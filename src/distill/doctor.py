@@ -164,7 +164,7 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
     )
     on_device, on_host = trained_bytes(cfg, path, part, network)
     shared = frozen + on_device
-    encoders = other_weights(cfg, counts, width)
+    encoders = other_weights(cfg, path, counts, width)
     decoding = sample_decoding(cfg, path, part)
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     step, reason = step_memory(cfg)
@@ -197,11 +197,18 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
         yield "ok", what, ""
 
 
-def other_weights(cfg: DictConfig, counts: dict[str, int], width: int) -> dict[str, float]:
-    """Bytes of the networks beside the denoisers, whose weights have `width` bytes."""
+def other_weights(
+    cfg: DictConfig, path: Path, counts: dict[str, int], width: int
+) -> dict[str, float]:
+    """Bytes of the networks beside the denoisers. The text encoders' weights have `width` bytes."""
+    import torch
+
+    autoencoder = _starting(counts, "vae")
+    if autoencoder:
+        autoencoder *= getattr(torch, autoencoder_dtype(cfg, path)).itemsize
     found: dict[str, float] = {
         "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
-        "autoencoder": _starting(counts, "vae") * width,
+        "autoencoder": autoencoder,
     }
     if cfg.get("score_teacher"):
         found["score teacher"] = score_teacher_bytes(cfg.score_teacher)
@@ -348,9 +355,19 @@ def sample_decoding(cfg: DictConfig, path: Path, denoiser: str) -> dict[str, flo
     if not height:
         return {}
     what = f"a video of {frames} frames" if frames else "pictures"
-    dtype, tiling = teacher.get("dtype", "float32"), bool(teacher.get("tiling"))
+    dtype, tiling = autoencoder_dtype(cfg, path), bool(teacher.get("tiling"))
     bytes_of = sizes.decoding(path, height, width, dtype, frames=frames, tiling=tiling)
     return {f"decoding {what} of {width}x{height}": bytes_of}
+
+
+def autoencoder_dtype(cfg: DictConfig, path: Path) -> str:
+    """Name of the dtype of the autoencoder in the teacher's folder."""
+    from distill.teachers.families import Family, family
+    from distill.teachers.loading import sizes
+
+    facts = family(str(cfg.teacher._target_)) or Family()
+    dtype = cfg.teacher.get("dtype") or "float32"
+    return facts.autoencoder_dtype(dtype, sizes.config_of(path, "vae"))
 
 
 def embedded(cfg: DictConfig) -> bool:

@@ -60,6 +60,7 @@ class Family:
     spare: parts that `teacher.without` may leave out, all of them together.
     autoencoder: name of the autoencoder's class in diffusers.
     upcasts: whether the pipeline decodes in float32 an autoencoder that would overflow in float16.
+    in_float32: whether its autoencoder computes in float32 at every dtype of the teacher.
     standardised: whether the pipeline uses `latents_mean` and `latents_std` of the autoencoder.
     packing: side of the square of latents that the pipeline packs into one token for the denoiser.
     folding: side of the square of the autoencoder's latents whose channels together are one latent,
@@ -92,6 +93,7 @@ class Family:
     spare: tuple[str, ...] = ()
     autoencoder: str = "AutoencoderKL"
     upcasts: bool = False
+    in_float32: bool = False
     standardised: bool = False
     packing: int = 1
     folding: int = 1
@@ -118,6 +120,13 @@ class Family:
         if self.video:
             return "which makes videos, and only pictures are exported"
         return self.untraced
+
+    def autoencoder_dtype(self, dtype: str, config: Mapping[str, Any]) -> str:
+        """Name of the autoencoder's dtype for a teacher of this dtype; `config` is the
+        autoencoder's.
+        """
+        overflows = dtype == "float16" and self.upcasts and config.get("force_upcast", True)
+        return "float32" if self.in_float32 or overflows else dtype
 
     def kind_name(self) -> str:
         """Name of the pipeline's class."""

@@ -187,9 +187,9 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         return pixels
 
     def _prepare(self, vae: Any) -> None:
-        """In float32 if its config says `force_upcast`, as in its pipeline; in tiles if asked."""
-        if self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast:
-            vae.float()
+        """In the dtype that its pipeline decodes in; in tiles if asked."""
+        dtype = str(vae.dtype).removeprefix("torch.")
+        vae.to(getattr(torch, self.autoencoder_dtype(dtype, vae.config)))
         if self.tiling and hasattr(vae, "enable_tiling"):
             vae.enable_tiling()
 

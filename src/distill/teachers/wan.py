@@ -59,6 +59,7 @@ class Wan(PipelineTeacher):
     standardised = True
     usual_unit = 16
     flow = True
+    in_float32 = True
     video = True
     embedding_options = ("length",)
 
@@ -102,9 +103,6 @@ class Wan(PipelineTeacher):
         if not hasattr(self.pipeline, "vae_scale_factor"):
             self.pipeline.vae_scale_factor = self.pipeline.vae_scale_factor_spatial
         return WanTransformer(self.pipeline.transformer, RectifiedFlow(), "flow")
-
-    def _prepare(self, vae: Any) -> None:
-        super()._prepare(vae.float())
 
     def _shape(self) -> tuple[int, ...]:
         cell = self.pipeline.vae_scale_factor

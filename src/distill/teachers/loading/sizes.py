@@ -97,7 +97,7 @@ def decoding(
     path: Path, height: int, width: int, dtype: str, *, frames: int = 0, tiling: bool = False
 ) -> int:
     """Bytes that the decoder of a pipeline folder needs for pictures of this size in pixels, or for
-    a video of so many `frames`, without its weights.
+    a video of so many `frames`, without its weights. `dtype` is the autoencoder's.
 
     In batches of `limits.at_once`, and in tiles above that size, as in `PipelineTeacher.pictures`.
     tiling: in tiles of any size, as the teacher's option.
@@ -107,7 +107,7 @@ def decoding(
     if not name.startswith("Autoencoder") or not hasattr(diffusers, name):
         raise ValueError(f"{path}: its vae/ is a {shown(name, 60)}, no autoencoder of diffusers")
     kind = getattr(diffusers, name)
-    precision = torch.float32 if frames else getattr(torch, dtype)  # Wan's stays in float32
+    precision = getattr(torch, dtype)
     vae: Any = without_weights(kind, Path(home_of(path, "vae"), "vae"), precision)
     if (tiling or height * width > AT_ONCE) and hasattr(vae, "enable_tiling"):
         vae.enable_tiling()
