@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import tiny
 from distill import doctor
+from distill.config import counting
 from distill.data.shard_job import put_null
 from distill.machine import hardware
 from distill.storage import locks
@@ -208,7 +209,7 @@ def test_shared_memory_is_held_against_the_workers(data, level, said):
 )
 def test_frozen_weights_are_counted_as_training_holds_them(precision, accelerator, width, expected):
     cfg = OmegaConf.create({"trainer": {"precision": precision, "accelerator": accelerator}})
-    assert doctor.frozen_width(cfg, width) == expected
+    assert counting.frozen_width(cfg, width) == expected
 
 
 @pytest.mark.parametrize("rank", [4, 16])
@@ -221,7 +222,7 @@ def test_the_adapters_of_a_lora_are_counted_from_headers(rank, family, pipelines
     teacher = teacher_at(pipelines(family))
     part = "transformer" if teacher.part == "transformer" else "unet"
     shapes = sizes.shapes(teacher.folder / part)
-    count = budget.adapters(shapes, doctor.targets_of(type(teacher)), rank)
+    count = budget.adapters(shapes, counting.targets_of(type(teacher)), rank)
     student = lora(teacher, rank=rank)
     assert count == sum(p.numel() for p in student.parameters())
 

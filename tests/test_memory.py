@@ -15,8 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import families
 import tiny
-from distill import doctor
-from distill.config import models
+from distill.config import counting, models
 from distill.core.limits import AT_ONCE, BYTES_AT_ONCE, at_once, drawn_at_once
 from distill.machine import hardware
 from distill.machine.memory import peak
@@ -222,9 +221,9 @@ def test_the_doctor_counts_the_autoencoder_in_its_own_dtype(family, dtype, famil
     teacher = families.teacher_of(family, folder, dtype=dtype)
     target = f"{type(teacher).__module__}.{type(teacher).__qualname__}"
     cfg = OmegaConf.create({"teacher": {"_target_": target, "dtype": dtype}, "data": {}})
-    assert doctor.autoencoder_dtype(cfg, folder) == str(teacher.vae.dtype).removeprefix("torch.")
+    assert counting.autoencoder_dtype(cfg, folder) == str(teacher.vae.dtype).removeprefix("torch.")
     count = sum(p.numel() for p in teacher.vae.parameters())
     width = {"wan": 4, "sdxl": 2 if dtype == "bfloat16" else 4}
     expected = count * width.get(family, 4 if dtype == "float32" else 2)
-    counted = doctor.other_weights(cfg, folder, {"vae": count}, 2)
+    counted = counting.other_weights(cfg, folder, {"vae": count}, 2)
     assert counted == {"text encoders": 0, "autoencoder": expected}

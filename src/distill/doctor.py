@@ -11,20 +11,18 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distill.config import picture_units, validate
-from distill.config.compose import check_counts, processes, shipped
+from distill.config.compose import check_counts, processes
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command, is_mistake, sentence
-from distill.config.generator import STUDENT
-from distill.data.named import expand
 from distill.machine import faults
 from distill.storage import locks
 from distill.terminal.shown import shown
@@ -145,7 +143,7 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
     """
     import torch
 
-    from distill.config.counting import can_shard
+    from distill.config import counting
     from distill.machine import budget, hardware
 
     part = "transformer" if "transformer" in counts else "unet"
@@ -160,12 +158,12 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
     dtype = cfg.teacher.get("dtype", "float32")
     width, count = getattr(torch, dtype).itemsize, processes(cfg)
     frozen = network * budget.frozen_bytes(
-        frozen_width(cfg, width), cfg.teacher.get("quantize") or None
+        counting.frozen_width(cfg, width), cfg.teacher.get("quantize") or None
     )
-    on_device, on_host = trained_bytes(cfg, path, part, network)
+    on_device, on_host = counting.trained_bytes(cfg, path, part, network)
     shared = frozen + on_device
-    encoders = other_weights(cfg, path, counts, width)
-    decoding = sample_decoding(cfg, path, part)
+    encoders = counting.other_weights(cfg, path, counts, width)
+    decoding = counting.sample_decoding(cfg, path, part)
     room = hardware.memory("cuda" if torch.cuda.is_available() else "cpu")
     step, reason = step_memory(cfg)
     on_top = ", and activations on top"
@@ -182,7 +180,7 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
         if decoding:
             yield "ok", f"beside steps: {_listed(decoding, ' GB')}", ""
         on_top = f", {step.within / GB:.2f} GB of them within a step"
-    shards, rows = can_shard(cfg), {"one process or trainer=ddp": 1}
+    shards, rows = counting.can_shard(cfg), {"one process or trainer=ddp": 1}
     rows |= {f"trainer=fsdp2 on {count}": count} if shards else {}
     for name, share in rows.items():
         beside = sum(encoders.values()) + sum(decoding.values())
@@ -195,24 +193,6 @@ def memory_lines(cfg: DictConfig, path: Path, counts: dict[str, int], named: str
     if step:
         what = "these are counts: the allocator's fragments, workspaces and CUDA come on top"
         yield "ok", what, ""
-
-
-def other_weights(
-    cfg: DictConfig, path: Path, counts: dict[str, int], width: int
-) -> dict[str, float]:
-    """Bytes of the networks beside the denoisers. The text encoders' weights have `width` bytes."""
-    import torch
-
-    autoencoder = _starting(counts, "vae")
-    if autoencoder:
-        autoencoder *= getattr(torch, autoencoder_dtype(cfg, path)).itemsize
-    found: dict[str, float] = {
-        "text encoders": 0 if embedded(cfg) else _starting(counts, "text_encoder") * width,
-        "autoencoder": autoencoder,
-    }
-    if cfg.get("score_teacher"):
-        found["score teacher"] = score_teacher_bytes(cfg.score_teacher)
-    return found
 
 
 def step_memory(cfg: DictConfig) -> tuple[Any, str]:
@@ -232,64 +212,6 @@ def step_memory(cfg: DictConfig) -> tuple[Any, str]:
             return of_step(cfg, "cpu" if kind == "cpu" else "cuda"), ""
         except Exception as error:  # networks of many libraries, most of which read no meta tensors
             return None, shown(sentence(error), 200)
-
-
-def trained_bytes(cfg: DictConfig, path: Path, part: str, network: int) -> tuple[float, float]:
-    """Bytes of what is trained, on the device and on the host: weights, gradients, the state of
-    `optimizer.student`, and the average. The fake score of DMD2 has no average.
-    """
-    from hydra.utils import get_object
-
-    from distill.config.counting import shapes
-    from distill.machine import budget
-    from distill.teachers.loading import sizes
-
-    count = network
-    if str(cfg.student._target_).endswith(".lora"):
-        targets = cfg.student.get("targets") or targets_of(get_object(str(cfg.teacher._target_)))
-        count = budget.adapters(shapes(path, part), list(targets), cfg.student.rank)
-    elif cfg.student._target_ == STUDENT:
-        from distill.students.stylegan import parameters
-
-        options = {key: x for key, x in cfg.student.items() if not str(key).startswith("_")}
-        count = parameters(sizes.config_of(path, part), options)
-    found = [count * x for x in budget.trained_bytes(cfg.optimizer.student, cfg.loop)]
-    if fake := cfg.optimizer.get("fake_score"):
-        more = budget.trained_bytes(fake, {**cfg.loop, "ema_device": None})
-        found = [x + network * y for x, y in zip(found, (more[0] - 4, more[1]), strict=True)]
-    return found[0], found[1]
-
-
-def targets_of(family: type) -> Sequence[str]:
-    """Default layers of a LoRA on a teacher of this family: those of its network's class."""
-    from distill.teachers.network import Network
-
-    network = get_type_hints(family._network).get("return", Network)  # type: ignore[attr-defined]
-    return network.targets if isinstance(network, type) else Network.targets
-
-
-def score_teacher_bytes(node: DictConfig) -> int:
-    """Bytes of the weights of a second teacher; 0 if its files are not here."""
-    import torch
-
-    from distill.teachers.loading import sizes
-
-    folder, dtype = Path(shipped(str(node.path))), node.get("dtype", "float32")
-    counts = sizes.of_pipeline(folder).values() if folder.is_dir() else ()
-    return int(sum(counts) * getattr(torch, dtype).itemsize)
-
-
-def frozen_width(cfg: DictConfig, width: int) -> int:
-    """Bytes on the device of a weight of the frozen denoiser, `width` in its files' dtype.
-
-    Under bf16-mixed a GPU holds its layers in bfloat16, and the host what rounding took.
-    """
-    from distill.machine.hardware import best_precision, device
-
-    name, accelerator = cfg.trainer.precision, cfg.trainer.get("accelerator") or "auto"
-    name = best_precision(accelerator).name if name == "auto" else name
-    halves = str(name).startswith("bf16") and device(accelerator).type != "cpu"
-    return min(width, 2) if halves else width
 
 
 def leftovers(cfg: DictConfig) -> Iterator[Line]:
@@ -341,57 +263,9 @@ def orphaned() -> list[int]:
     return sorted(found)
 
 
-def sample_decoding(cfg: DictConfig, path: Path, denoiser: str) -> dict[str, float]:
-    """Bytes that decoding the samples takes during training, under what they are; {} for a run
-    without them, or where the size of its pictures is nowhere.
-    """
-    from distill.teachers.loading import sizes
-
-    if not OmegaConf.select(cfg, "callbacks.samples._target_"):
-        return {}
-    teacher, frames = cfg.teacher, cfg.teacher.get("frames", 0)
-    side = teacher.get("size") or sizes.pixels_of(path, denoiser) or 0
-    height, width = (teacher.height, teacher.width) if frames else (side, side)
-    if not height:
-        return {}
-    what = f"a video of {frames} frames" if frames else "pictures"
-    dtype, tiling = autoencoder_dtype(cfg, path), bool(teacher.get("tiling"))
-    bytes_of = sizes.decoding(path, height, width, dtype, frames=frames, tiling=tiling)
-    return {f"decoding {what} of {width}x{height}": bytes_of}
-
-
-def autoencoder_dtype(cfg: DictConfig, path: Path) -> str:
-    """Name of the dtype of the autoencoder in the teacher's folder."""
-    from distill.teachers.families import Family, family
-    from distill.teachers.loading import sizes
-
-    facts = family(str(cfg.teacher._target_)) or Family()
-    dtype = cfg.teacher.get("dtype") or "float32"
-    return facts.autoencoder_dtype(dtype, sizes.config_of(path, "vae"))
-
-
-def embedded(cfg: DictConfig) -> bool:
-    """Whether the data hold embedded captions, so that no text encoder is read."""
-    from distill.data import stores
-    from distill.data.named import stored_shards
-    from distill.data.write import NULL
-
-    if cfg.data.get("_target_") != validate.LATENTS:
-        return False
-    path = shipped(str(cfg.data.path))
-    if stores.is_url(path):
-        folder = stored_shards(path)[0].url.rpartition("/")[0]
-        return stores.exists(f"{folder}/{NULL}")
-    return (Path(expand(path)[0]).parent / NULL).is_file()
-
-
 def _listed(sizes: Mapping[str, float], unit: str = "") -> str:
     """Names and gigabytes of what takes any."""
     return ", ".join(f"{name} {size / GB:.2f}{unit}" for name, size in sizes.items() if size)
-
-
-def _starting(counts: dict[str, int], prefix: str) -> int:
-    return sum(count for name, count in counts.items() if name.startswith(prefix))
 
 
 @command("config", prepare=with_placeholder_data)
