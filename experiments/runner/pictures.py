@@ -13,7 +13,7 @@ from distill.evaluation.results import PADDING
 from distill.evaluation.tables import MEASURES, steps_text
 from distill.report.along_runs import AXES, curves_of, plotted, tables_of
 from distill.report.comparison import tiles
-from distill.report.curves import STYLE
+from distill.report.curves import STYLE, label_plainly
 from distill.report.evaluation import MAIN
 from distill.report.runs import Run
 
@@ -121,6 +121,7 @@ def write_curves(file: Path, groups: Mapping[str, Sequence[Run]]) -> None:
             figure.subplots(-(-len(found) // 2), 2, squeeze=False).flat, found, strict=False
         ):
             plotted(curves, key)(place)
+            label_plainly(place)
             place.set_title(MEASURES[key].name)
             place.set_xlabel(AXES[axis][1])
         first = figure.axes[0].get_legend_handles_labels()
