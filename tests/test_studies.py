@@ -666,6 +666,8 @@ def test_a_study_that_is_killed_goes_on_and_writes_its_page(study, tmp_path):
     for name in ("results.png", "results_curves.svg"):
         assert f"({name})" in text
         assert (found.folder / name).stat().st_size > 1000
+    drawn = (found.folder / "results_curves.svg").read_text(encoding="utf-8")
+    assert "mathdefault" not in drawn  # no source of a formula
     # A third call trains nothing, and makes the same page.
     before = (first / "run.json").stat().st_mtime_ns
     third = called(*words[2:])

@@ -18,6 +18,7 @@ AXES = {  # column of scores.csv -> divisor, unit
     "train_seconds": (60.0, "training minutes"),
     "images_seen": (1000.0, "thousand pictures seen"),
 }
+LINES = ("-", "--", ":")  # of the first six groups, the next six, ...
 
 
 class Curve(NamedTuple):
@@ -77,8 +78,9 @@ def plotted(curves: Mapping[str, Curve], key: str) -> Callable[[Any], None]:
 
     def plot(axes: Any) -> None:
         for i, (group, curve) in enumerate(curves.items()):
-            colour = f"C{i % 6}"
-            axes.plot(curve.x, curve.mean, colour, marker="o", markersize=3, label=legend(group))
+            colour, style = f"C{i % 6}", LINES[i // 6 % len(LINES)]  # six colours
+            marks = {"marker": "o", "markersize": 3, "label": legend(group)}
+            axes.plot(curve.x, curve.mean, color=colour, linestyle=style, **marks)
             if curve.seeds > 1:
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, lw=0)
         positive = all((curve.low > 0).all() for curve in curves.values())

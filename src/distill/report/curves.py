@@ -184,7 +184,6 @@ def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> Markup:
     """HTML with title, explanation and what `plot` puts on the axes, as an SVG."""
     from matplotlib import rc_context  # takes half a second, which only a report needs
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
@@ -200,12 +199,20 @@ def chart_figure(title: str, about: str, plot: Callable[[Any], None]) -> Markup:
         columns = 3 if longest < 18 else 2 if longest < 30 else 1
         figure.set_figheight(2.5 + 0.18 * max(0, -(-len(labels) // columns) - 3))
         figure.legend(loc="outside upper left", ncols=columns)
-        if axes.get_yscale() == "log":
-            # The default labels are formulas, which STYLE would show as their source.
-            axes.yaxis.set_major_formatter(LogFormatter())
-            axes.yaxis.set_minor_formatter(LogFormatter())
+        label_plainly(axes)
         figure.savefig(file := io.BytesIO(), format="svg")
     return render("chart", title, about, data_uri(file, "svg+xml"))
+
+
+def label_plainly(axes: Any) -> None:
+    """Label a logarithmic y axis with numbers. The default labels are formulas, which STYLE shows
+    as their source.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter())
 
 
 def legend(group: str) -> str:

@@ -189,7 +189,8 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
     def _prepare(self, vae: Any) -> None:
         """In the dtype that its pipeline decodes in; in tiles if asked."""
         dtype = str(vae.dtype).removeprefix("torch.")
-        vae.to(getattr(torch, self.autoencoder_dtype(dtype, vae.config)))
+        if self.autoencoder_dtype(dtype, vae.config) != dtype:
+            vae.float()  # diffusers' `to` warns, though no module of it stays in float32
         if self.tiling and hasattr(vae, "enable_tiling"):
             vae.enable_tiling()
 
