@@ -700,7 +700,7 @@ def test_what_cannot_be_judged(asked, tmp_path):
     assert "cannot read annotations/captions_val2017.json (FileNotFoundError" in asked(
         path=tmp_path
     )
-    assert "cannot be read as lines of UTF-8 text" in asked(
+    assert "nowhere: no such file; check the path" in asked(
         path=tmp_path / "nowhere", metrics="prompts"
     )
     lines = {"metrics": "prompts", "path": tmp_path / "prompts.txt"}

@@ -109,6 +109,22 @@ def test_methods_are_told_apart_by_name_and_not_by_their_recipes(written):
     assert list(groups) == ["LADD", "ADD, crop=None", "ADD, crop=8"]
 
 
+def test_runs_that_differ_in_much_have_the_names_of_their_folders(written):
+    other = {**LADD, "renoise": {"m": 0.5}, "distill_weight": 2.0, "order": "joint", "r1": 0.1}
+    data = {"batch_size": 8}
+    runs = [written("l", LADD, 0, 0.5), written("o0", other, 0, 0.4, data=data)]
+    runs.append(written("o1", other, 1, 0.4, data=data))
+    groups = grouped([read_run(folder) for folder in runs])
+    assert {name: len(found) for name, found in groups.items()} == {"l": 1, "o0": 2}
+
+
+def test_where_and_how_often_a_run_logs_makes_no_other_setting(written):
+    trainer = {"max_steps": 10, "accelerator": "cpu", "log_every_n_steps": 5}
+    often = {**trainer, "accelerator": "auto", "log_every_n_steps": 10}
+    runs = [written(f"r{i}", LADD, i, 0.5, trainer=x) for i, x in enumerate((trainer, often))]
+    assert list(grouped([read_run(folder) for folder in runs])) == ["LADD"]
+
+
 def test_runs_of_one_name_may_be_a_group(written, command, tmp_path):
     for seed, method in enumerate((LADD, ADD)):
         facts = written(f"run{seed}", method, seed, 0.5) / "run.json"

@@ -96,6 +96,8 @@ def texts_of(
 
 def unreadable(where: str, what: str, error: Exception) -> ValueError:
     """The error for a list of prompts that cannot be read; `where` is its key and path."""
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"{where}: no such file; check the path")
     said, path = first_line(error, 200), where.partition("=")[2]
     if said.startswith(where):
         return ValueError(said)

@@ -21,6 +21,7 @@ from distill.storage.renames import renamed
 from distill.storage.safe_paths import check_own
 from distill.terminal.shown import in_csv
 
+MOST_SETTINGS = 4  # ours: a name that lists more is not read
 # Keys that do not make two runs different settings: paths, logging, and evaluation. `name` and
 # `seed` are handled apart.
 IGNORED_KEYS = {
@@ -33,6 +34,8 @@ IGNORED_KEYS = {
     "callbacks",
     "metrics",
     "debug",
+    "trainer.accelerator",
+    "trainer.log_every_n_steps",
 }
 COSTS = ("train_seconds", "images_seen")
 SCORES = [key for key in MEASURES if key != TIME]
@@ -125,9 +128,11 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
 
     The name of a group lists the keys in which it differs from other groups. A method also changes
     its recipe, so runs of different methods are distinguished only by the method. Nodes of
-    different classes are distinguished only by the class.
+    different classes are distinguished only by the class. If a name would list more than
+    MOST_SETTINGS keys, all groups have the folder of their first run as a name.
     """
     groups: dict[str, list[Run]] = {}
+    longest = 0
     for run in runs:
         rivals = [other.config for other in runs if other.method == run.method]
         parts = [run.method] if len(rivals) < len(runs) else []
@@ -135,8 +140,11 @@ def grouped(runs: Sequence[Run], *, by_name: bool = False) -> dict[str, list[Run
         if by_name:
             rivals = [other.config for other in runs if other.name == run.name]
             parts = [run.name, *_settings(run, _keys("judged", rivals))]
+        longest = max(longest, len(parts))
         groups.setdefault(", ".join(parts) or run.method, []).append(run)
-    return groups
+    by_folder = {found[0].folder.name: found for found in groups.values()}
+    short = longest <= MOST_SETTINGS or by_name or len(by_folder) < len(groups)
+    return groups if short else by_folder
 
 
 def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
@@ -148,10 +156,9 @@ def _differences(path: str, nodes: Sequence[Any]) -> Iterator[str]:
         yield path
         return
     for key in dict.fromkeys(key for node in maps for key in node):
-        if path or key not in IGNORED_KEYS:
-            yield from _differences(
-                f"{path}.{key}" if path else key, [node.get(key) for node in maps]
-            )
+        full = f"{path}.{key}" if path else key
+        if full not in IGNORED_KEYS:
+            yield from _differences(full, [node.get(key) for node in maps])
 
 
 def _keys(

@@ -220,7 +220,7 @@ class PipelineTeacher(nn.Module, Family, PictureSizes, HeldWeights):
         for name in [name for name in self.pipeline.deferred if name.startswith(kind)]:
             if name not in self._loaded_parts:
                 self._loaded_parts.add(name)
-                with stage(f"loading the teacher's {name}, which cached data do not need"):
+                with stage(f"loading the teacher's {name}, which is needed now"):
                     part = self.pipeline.deferred[name]().eval().requires_grad_(False)
                 if name == "vae":
                     self._prepare(part)

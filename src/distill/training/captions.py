@@ -13,7 +13,7 @@ from distill.data.datasets import LatentShards
 from distill.machine.hardware import memory_available
 from distill.methods.base import Distillation
 from distill.storage.bounded import format_bytes
-from distill.terminal.progress import stage
+from distill.terminal.progress import track
 
 log = logging.getLogger(__name__)
 USES = 2  # ours: times that a run must read each caption, so that embedding it first saves time
@@ -39,7 +39,7 @@ def _embed(method: Distillation, data: LatentShards, size: int) -> None:
     if 0 <= read < USES * len(data):  # below 0: the steps have no end
         return
     here = trainer.world_size // trainer.num_nodes
-    with trainer.precision_plugin.train_step_context(), stage("embedding the captions"):
+    with trainer.precision_plugin.train_step_context():
         captions = data.captions()
         rows = embedded(method.teacher, captions, size, ranks=here)
     if rows is not None:
@@ -59,7 +59,8 @@ def embedded(
     on the size of a batch.
     """
     rows: dict[str, Tensor] = {}
-    for start in range(0, len(captions), size):
+    starts = range(0, len(captions), size)
+    for start in track(starts, "embedding the captions", unit="batch"):
         batch = captions[start : start + size]
         filled = [*batch, *(captions * size)[: size - len(batch)]]
         tensors = teacher.embed(filled).tensors()
