@@ -255,6 +255,29 @@ def test_latents_of_other_shapes_are_bad_pairs(tmp_path):
     assert second.endswith("[4, 4, 4], and the first pair's [4, 8, 8]")
 
 
+@pytest.mark.parametrize("first", ["pictures", "latents"])
+def test_a_set_has_pairs_of_pictures_or_of_latents(first, tmp_path):
+    """Both do not fit into one batch, so the other kind is bad, and `check` counts it."""
+    latent = io.BytesIO()
+    np.save(latent, np.ones((4, 8, 8), np.float32))
+    other = io.BytesIO()
+    np.save(other, np.zeros((4, 8, 8), np.float32))
+    kinds = {
+        "pictures": {"winner.png": png(32, 255), "loser.png": png(32, 10), "txt": b"a"},
+        "latents": {"winner.npy": latent.getvalue(), "loser.npy": other.getvalue(), "txt": b"b"},
+    }
+    second = next(kind for kind in kinds if kind != first)
+    for key, kind in enumerate((first, second)):
+        files = {f"{key}.{end}": content for end, content in kinds[kind].items()}
+        put(tmp_path / "x.tar", files)
+    options = {"batch_size": 1, "size": 32, "max_bad_share": 1.0}
+    data = source.preferences(str(tmp_path / "x.tar"), **options).dataset
+    assert data.find(0, most=1)[0] is not None
+    found, ((_, reason),) = data.find(1, most=1)
+    assert found is None
+    assert reason == f"it is a pair of {second}, and the first of {first}"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

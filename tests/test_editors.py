@@ -121,7 +121,7 @@ def test_many_guided_steps_are_those_of_the_pipeline(family, teachers, folders):
 
 
 @each
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_student_gives_our_pixels_in_the_same_pipeline(family, steps, teachers, tmp_path):
     teacher = teachers(family)
     student = tiny.shake(full(teacher), 9, std=0.03).eval()

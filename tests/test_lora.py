@@ -172,6 +172,7 @@ def test_layers_rank_and_scale_are_chosen(fresh, family):
     for options, what in (
         ({"rank": 0}, r"student\.rank=0"),
         ({"init": "pissa"}, r"student\.init=pissa"),
+        ({"targets": []}, r"student\.targets=\[\]: names no layer, so nothing would be trained"),
         ({"targets": ["nowhere"]}, r"student\.targets=\['nowhere'\]: cannot be adapted"),
         ({"shift": 0}, r"student\.shift=0"),
     ):

@@ -85,6 +85,25 @@ def kept_of(folder, step=STEPS):
     return torch.load(folder / "checkpoints" / f"step_{step:06d}.ckpt", weights_only=True)
 
 
+@pytest.mark.parametrize("other", ["adafactor", "adamw8bit", "prodigy", "schedule_free", "muon"])
+def test_a_run_keeps_its_optimizers(other, run, command):
+    """Their state is in the checkpoint. A refused command leaves the run as it was."""
+    before = (run / "config.yaml").read_bytes()
+    code, _, err = command("run", f"resume={run}", f"optimizer={other}", "trainer.max_steps=3")
+    assert code == 1
+    assert "optimizer.student._target_=" in last(err)
+    assert "(was torch.optim.AdamW)" in last(err)
+    assert last(err).endswith("would be another run; take that back, or start a new run")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_learning_rate_may_change(run, command):
+    code, _, err = command(
+        "run", f"resume={run}", "optimizer.student.lr=1e-6", "trainer.max_steps=3"
+    )
+    assert code == 0, err
+
+
 # -- whose checkpoint it is ------------------------------------------------------------------------
 
 

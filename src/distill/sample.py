@@ -213,7 +213,8 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
         with autocast(cfg.precision, model.device.type):
             if cfg.guidance is not None:
                 settings = {**options, **img2img, "guidance": cfg.guidance}
-                settings["image_guidance"] = cfg.image_guidance or 1.0
+                image_guidance = cfg.image_guidance
+                settings["image_guidance"] = 1.0 if image_guidance is None else image_guidance
                 x0 = guided(model, cond, seeded(seeds), **settings)
             else:
                 x0 = few_steps(cond, seeded(seeds), **img2img)

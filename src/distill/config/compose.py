@@ -70,6 +70,13 @@ FIXED_ON_RESUME = (
     *("method", "teacher", "score_teacher", "student", "discriminator", "seed"),
     "loop.head_start",
 )
+OPTIMIZER = re.compile(r"optimizer\.\w+\._target_")  # nor these: checkpoints have its state
+
+
+def is_fixed_on_resume(key: str) -> bool:
+    """Whether this dotted key keeps its value when a run is resumed."""
+    begins = any(key == name or key.startswith(f"{name}.") for name in FIXED_ON_RESUME)
+    return begins or OPTIMIZER.fullmatch(key) is not None
 
 
 def make(node: DictConfig, key: str) -> Any:

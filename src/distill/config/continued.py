@@ -12,9 +12,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from distill.config import paths, texts, trust, typed
 from distill.config.compose import (
-    FIXED_ON_RESUME,
     changes,
     folder_of,
+    is_fixed_on_resume,
     is_restarted,
     overrides,
     processes,
@@ -65,7 +65,7 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
     different = several + [
         change
         for key, change in changes(before, now).items()
-        if key.startswith(FIXED_ON_RESUME) and not paths.is_path(key)
+        if is_fixed_on_resume(key) and not paths.is_path(key)
     ]
     batches = [
         c.data.batch_size * c.loop.get("accumulate", 1) * processes(c) for c in (before, now)
@@ -91,14 +91,18 @@ def _was_given_at_start(override: str, folder: Path) -> bool:
     return False
 
 
+def _same_class(value: Any, had: Any) -> bool:
+    """Whether both are nodes of one class, or of none."""
+    nodes = isinstance(value, DictConfig) and isinstance(had, DictConfig)
+    return nodes and value.get("_target_") == had.get("_target_")
+
+
 def _option_value(key: str, value: Any, had: Any) -> Any:
     """The new value of an override, where the run had `had`.
 
-    An option of the same class changes only the keys in its own file.
+    An option of the same class changes only the keys in its own file, and parts of other classes.
     """
-    if not all(isinstance(v, DictConfig) for v in (value, had)) or value.get("_target_") != had.get(
-        "_target_"
-    ):
+    if not _same_class(value, had):
         return value
     hydra = HydraConfig.get().runtime
     files = [
@@ -108,4 +112,9 @@ def _option_value(key: str, value: Any, had: Any) -> Any:
     ]
     names = {name for file in files if file.is_file() for name in OmegaConf.load(file)}
     names &= set(value)
+    nodes = {name: (value._get_node(name), had._get_node(name)) for name in set(value) & set(had)}
+    names |= {
+        name for name, (new, old) in nodes.items()
+        if isinstance(new, DictConfig) and not _same_class(new, old)
+    }  # fmt: skip
     return OmegaConf.create({**(had if names else value), **{name: value[name] for name in names}})

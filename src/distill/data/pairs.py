@@ -28,6 +28,7 @@ class Pairs(Samples):
     """
 
     shape = None  # of latents
+    key: str | None = None  # x0 or pixels, as in the first pair
 
     def __init__(self, path: str, *, size: int | None = None, **options: Any):
         check_samples(None, 0.0, options.get("buckets"))
@@ -38,7 +39,8 @@ class Pairs(Samples):
             name, reason = skipped[0]
             what = f"none of its first {len(skipped)} pairs is usable, {name}: {reason}"
             raise ValueError(f"data.path={path}: {what}")
-        if "x0" in first:
+        self.key = "x0" if "x0" in first else "pixels"
+        if self.key == "x0":
             self.shape = tuple(first["x0"].shape)
         elif size is None and not self.buckets:
             what = "holds pictures; give their side in pixels, or data.buckets"
@@ -62,6 +64,11 @@ class Pairs(Samples):
         if latents != is_latents(loser):
             raise decode.BadSample(sample, "one of its pair is latents and the other a picture")
         key = "x0" if latents else "pixels"
+        if self.key not in (None, key):
+            kinds = ("latents", "pictures") if latents else ("pictures", "latents")
+            raise decode.BadSample(
+                sample, f"it is a pair of {kinds[0]}, and the first of {kinds[1]}"
+            )
         found = {
             f"{prefix}{key}": self._decoded(part, name, bucket)
             for prefix, part, name in (("", winner, SIDES[0]), ("loser_", loser, SIDES[1]))

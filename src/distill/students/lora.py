@@ -50,7 +50,11 @@ def lora(
         raise ValueError(
             f"student.rank={rank} student.init={init}: a rank from 1, and {' or '.join(INITS)}"
         )
-    network, names = teacher.network, list(targets or teacher.network.targets)
+    network = teacher.network
+    names = list(network.targets if targets is None else targets)
+    if not names:
+        what = "names no layer, so nothing would be trained"
+        raise ValueError(f"student.targets=[]: {what}; name some, or leave it out")
     scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
     try:
         _adapt(

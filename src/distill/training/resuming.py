@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import paths, texts
 from distill.config.compose import (
-    FIXED_ON_RESUME,
     dotted,
     folder_of,
+    is_fixed_on_resume,
     is_restarted,
     overrides,
     shipped,
@@ -30,16 +30,11 @@ ANEW = "start a new run, perhaps from this student by student.init=<run folder>"
 log = logging.getLogger(__name__)
 
 
-def fixed(key: str) -> bool:
-    """Whether this dotted key keeps its value when a run is resumed."""
-    return any(key == begins or key.startswith(f"{begins}.") for begins in FIXED_ON_RESUME)
-
-
 def model_fingerprints(cfg: DictConfig) -> dict[str, str]:
     """Dotted key -> fingerprint, of every local model of the run."""
     found = {}
     for key, value in paths.input_paths(cfg).items():
-        fingerprint = _fingerprint(value) if fixed(key) else None
+        fingerprint = _fingerprint(value) if is_fixed_on_resume(key) else None
         if fingerprint is not None:
             found[key] = fingerprint
     return found
@@ -98,7 +93,7 @@ def check_checkpoint(about: Any, now: DictConfig, path: Path, key: str = "resume
 
 def _fixed_values(config: Any) -> dict[str, Any]:
     leaves = {key: value for key, value in dotted(config).items() if not isinstance(value, dict)}
-    return {key: value for key, value in leaves.items() if fixed(key)}
+    return {key: value for key, value in leaves.items() if is_fixed_on_resume(key)}
 
 
 def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -> None:
@@ -108,7 +103,7 @@ def check_moved(before: DictConfig, now: DictConfig, facts: Mapping[str, Any]) -
     """
     known = facts.get("content", {}).get("models", {})
     old, new = (dotted(OmegaConf.to_container(cfg, resolve=True)) for cfg in (before, now))
-    for key in filter(fixed, filter(paths.is_path, {**old, **new})):
+    for key in filter(is_fixed_on_resume, filter(paths.is_path, {**old, **new})):
         was, value = old.get(key), new.get(key)
         if content.same_path(was, value):
             _say_changed(key, value, known.get(key))
