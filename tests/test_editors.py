@@ -193,6 +193,19 @@ def test_a_run_on_pairs_leaves_an_editor_that_samples(command, folders, pairs, t
     assert f"image: not given, and run={tmp_path / 'run'} edits a picture; add image=" in err
 
 
+def test_guidance_by_the_source_may_be_zero(command, folders, tmp_path):
+    """0 leaves the source out, 1 guides by the caption alone: they are different pictures."""
+    Image.fromarray(render([EDITS[0].source])[0]).save(tmp_path / "source.png")
+    ask = [f"run={folders('instruct_pix2pix')}", "prompt=a", f"image={tmp_path / 'source.png'}"]
+    made = []
+    for scale in (0, 1):
+        more = ["guidance=5", f"image_guidance={scale}", "steps=1", f"out=by_{scale}"]
+        code, out, err = command("sample", *ask, *more)
+        assert code == 0, err
+        made.append(np.asarray(Image.open(out.strip())))
+    assert (made[0] != made[1]).any()
+
+
 @pytest.mark.slow
 def test_latents_of_pairs_are_those_of_the_pictures_and_train(command, folders, pairs, tmp_path):
     teacher = ["teacher=instruct_pix2pix", f"teacher.path={folders('instruct_pix2pix')}"]
