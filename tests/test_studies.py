@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -114,6 +115,17 @@ def check_numbers(folder: Path) -> int:
                     assert form.format(text) in rounded, (group, head)
                     checked += 1
     return checked
+
+
+def test_the_ratings_of_the_proxy_user_study_are_those_of_its_file():
+    folder = ROOT / "experiments" / "proxy_user_study"
+    made = runpy.run_path(str(folder / "write.py"))
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    between = page.split(made["BEGIN"], 1)[1].split(made["END"], 1)[0].strip()
+    assert between == made["table"](folder / "wins.csv")
+    won = made["rates"](folder / "wins.csv")
+    assert won["LADD, 4 steps"][1] < 0.5 < won["LADD, 4 steps"][2]  # the page says so
+    assert won["LADD, 1 step"][2] < 0.5
 
 
 @names(STUDIES)
