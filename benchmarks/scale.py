@@ -1,12 +1,13 @@
 """Memory, communication and time of LADD on large teachers over many GPUs, by counting.
 
-    python benchmarks/scale.py [networks=sd35_large,qwen_image] [gpus=8,64,1024] [share=0.4]
+    python benchmarks/scale.py [networks=sd35_large,qwen_image] [gpus=8,64,1024] [share=0.197]
 
 Nothing is measured on a cluster. Counted from the real network classes on the meta device, at
 1024x1024 and in bfloat16: parameters, the operations of a pass (torch's counter), and what autograd
-keeps of a block (hooks on saved tensors). Taken from data sheets or assumed, and marked: peak,
-bandwidths, and the `share` of the peak that passes reach. Everything else follows by the formulas
-below; docs/scale.md has the tables.
+keeps of a block (hooks on saved tensors). Measured in training steps on one GPU: how many
+operations a second they reach, REACHED; `share=` puts another share of the peak in its place. Taken
+from data sheets or assumed, and marked: peak and bandwidths. Everything else follows by the
+formulas below; docs/scale.md has the tables.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ INSIDE = 450 * GB  # bytes a second and direction of a GPU inside a node, NVLink
 BETWEEN = 50 * GB  # the same between nodes, a 400 Gbit/s adapter for each GPU: data sheet
 HOP = 5e-6  # seconds that a collective's ring needs for each of its ranks; assumed
 DISK = 2 * GB  # bytes a second that a node writes to shared storage; assumed
+
+# Operations of its passes that a whole training step reaches in a second. Measured on one H200,
+# whose peak is the same, with torch 2.11: in the row of Z-Image of `full_size.py speed` (6 B, a
+# LoRA, four pictures of 512x512, no checkpointing) they were 25 % of what that card's own product
+# of matrices makes, 779 TFLOP/s. The row stands in docs/understand/results.md.
+REACHED = 0.25 * 779e12
 
 # -- the run ---------------------------------------------------------------------------------------
 
@@ -250,13 +257,13 @@ def row(name: str, net: Counted, layout: Layout, share: float) -> str:
 
 
 HEADS = (
-    "network", "GPUs", "layout", "memory of a GPU", "passes", "gathers", "gradients", "step",
+    "network", "GPUs", "layout", "memory of a GPU", "compute", "gathers", "gradients", "step",
     "pictures a second, at least", "checkpoint; in parts, by one node",
 )  # fmt: skip
 
 
 def main(words: Sequence[str]) -> None:
-    given = {"networks": ",".join(NETWORKS), "gpus": "8,64,1024", "share": "0.4"}
+    given = {"networks": ",".join(NETWORKS), "gpus": "8,64,1024", "share": f"{REACHED / PEAK:.3f}"}
     given |= dict(word.split("=", 1) for word in words)
     share = float(given["share"])
     nets = {name: counted(name) for name in given["networks"].split(",")}
@@ -272,11 +279,13 @@ def main(words: Sequence[str]) -> None:
                 print(row(name, net, layout, share))
     for name, net in nets.items():
         batch = breakeven(net, Layout(1024, 1024), share)
-        print(f"\n{name}, 1,024 GPUs, FSDP2: passes take as long as communication at {batch} a GPU")
+        print(
+            f"\n{name}, 1,024 GPUs, FSDP2: compute takes as long as communication at {batch} a GPU"
+        )
 
 
 def breakeven(net: Counted, layout: Layout, share: float) -> int:
-    """The smallest micro-batch whose passes take as long as the communication."""
+    """The smallest micro-batch whose compute takes as long as the communication."""
     one = cost(net, layout, share, batch=1)
     return max(1, -int(-(one.gathered + one.reduced) // one.compute))
 

@@ -109,6 +109,40 @@ def test_every_network_of_full_size_has_a_row(benchmark):
         assert len(set(rows[mode])) == len(rows[mode])
 
 
+# The rows of the table of docs/how_to/memory.md in their order: a network and its options beside
+# checkpointing. None is a count with a few states of the optimiser, which the page explains.
+INT8 = ("student=lora", "teacher.quantize=int8", "loop.ema_device=cpu")
+NF4 = ("student=lora", "teacher.quantize=nf4")
+COUNTED = [
+    ("sdxl", ("student=lora",)),
+    ("sdxl", INT8),
+    ("sdxl", (*INT8, "method.distill_weight=1.0")),
+    ("sdxl", (*NF4, "loop.ema_device=cpu")),
+    None,
+    ("sdxl", ("method=nitrofusion", *INT8)),
+    ("z_image", ("student=lora",)),
+    ("z_image", INT8[:2]),
+    ("z_image", NF4),
+    ("klein", ("student=lora",)),
+    ("klein", INT8[:2]),
+    ("sd35_medium", ("student=full",)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [i for i, row in enumerate(COUNTED) if row])
+def test_the_page_on_memory_has_what_is_counted_of_full_size(place, benchmark, tmp_path):
+    page = (BENCHMARKS.parent / "docs" / "how_to" / "memory.md").read_text(encoding="utf-8")
+    table = page.split("| run | options | counted |")[1].split("\n\n")[0]
+    rows = table.splitlines()[2:]
+    assert len(rows) == len(COUNTED)
+    network, words = COUNTED[place]
+    full_size = benchmark("full_size.py", "full_size")
+    row = full_size["Row"](network, 1024, 1, (*words, "student.checkpointing=true"))
+    counted = full_size["count"](full_size["Plan"](True, 5, ()), row, tmp_path)
+    assert rows[place].split("|")[3].strip() == f"{counted:.1f}"
+
+
 def test_steps_of_full_size_are_measured_with_every_state_of_many_steps(
     benchmark, pipelines, shards, tmp_path
 ):

@@ -136,7 +136,7 @@ def _ask(
 
 
 def _request(url: str, headers: Mapping[str, str], data: bytes | None, found: list[Any]) -> None:
-    """Append the status of the answer, or the reason why there is none."""
+    """Append the status of the answer, or the reason why there is none; nothing after SECONDS."""
     try:
         with urllib.request.urlopen(
             urllib.request.Request(url, data, dict(headers)), timeout=SECONDS
@@ -145,4 +145,6 @@ def _request(url: str, headers: Mapping[str, str], data: bytes | None, found: li
     except urllib.error.HTTPError as error:
         found.append(error.code)
     except Exception as error:  # of the network, or of a malformed address
-        found.append(str(getattr(error, "reason", error)).strip() or type(error).__name__)
+        reason = getattr(error, "reason", error)
+        if not isinstance(reason, TimeoutError):  # which is no answer
+            found.append(str(reason).strip() or type(reason).__name__)
