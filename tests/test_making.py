@@ -257,7 +257,7 @@ def test_inputs_that_have_changed_are_refused(name, command, asked, monkeypatch,
         "prompts or data have changed since its start; choose another out=" in err,
     ) == (1, True)
     assert (
-        "prompts=gone.txt: cannot be read"
+        "prompts=gone.txt: no such file; check the path"
         in command("synthesize", "prompts=gone.txt", "out=other")[2]
     )
     assert not (tmp_path / "other").exists()

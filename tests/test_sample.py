@@ -162,7 +162,7 @@ def test_a_picture_to_go_on_from_stands_upright(tmp_path):
     ("options", "said"),
     [
         (["prompt=x", "prompts=y"], "prompt: given, and prompts too"),
-        (["prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read as lines"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt: no such file; check the path"),
         (["prompts=blank.txt"], "prompts=blank.txt: has no line"),
         (
             ["prompt=x", "size=60"],
