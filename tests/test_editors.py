@@ -206,6 +206,39 @@ def test_guidance_by_the_source_may_be_zero(command, folders, tmp_path):
     assert (made[0] != made[1]).any()
 
 
+@pytest.mark.parametrize(
+    ("experiment", "words"),
+    [
+        ("edit_shapes", ["data=pairs"]),
+        ("inpaint_shapes", ["data=images", "data.max_empty_share=1"]),
+    ],
+)
+def test_an_experiment_of_renders_takes_data_of_files(experiment, words, command, pairs, tmp_path):
+    path = pairs if experiment == "edit_shapes" else tiny.write_pictures(tmp_path / "own", 4)
+    words = [f"experiment={experiment}", *words, f"data.path={path}", "data.num_workers=0"]
+    words += ["debug=smoke", "~metrics", f"run_dir={tmp_path / 'run'}"]
+    code, _, err = command("run", *words)
+    assert code == 0, err
+    data = OmegaConf.load(tmp_path / "run" / "config.yaml").data
+    assert "reader" not in data
+    assert data.size == 64
+
+
+def test_a_key_of_no_option_of_data_is_still_refused(command, pairs, tmp_path):
+    words = ["experiment=edit_shapes", "data=pairs", f"data.path={pairs}", "+data.reader.seed=2"]
+    code, _, err = command("run", *words)
+    assert code == 1
+    assert "data.reader" in err
+
+
+def test_pretraining_names_the_folder_with_the_pairs_that_it_made(command, tmp_path):
+    out = tmp_path / "made"
+    code, said, err = command("pretrain", "stages=edits", "edit_pairs.count=2", f"out={out}")
+    assert code == 0, err
+    assert said.splitlines()[-1] == f"edit pairs: {out / 'edits'}"
+    assert "models:" not in said
+
+
 @pytest.mark.slow
 def test_latents_of_pairs_are_those_of_the_pictures_and_train(command, folders, pairs, tmp_path):
     teacher = ["teacher=instruct_pix2pix", f"teacher.path={folders('instruct_pix2pix')}"]
@@ -251,7 +284,7 @@ def test_pairs_for_no_editor_and_an_editor_without_pairs_are_refused(
     assert "these data have no source pictures; give edit pairs by data=pairs" in err
     code, _, err = command("run", *words, "data=latents", f"data.path={shards}")
     assert code == 1
-    assert "this teacher edits, and these latents have no source pictures; cache data=pairs" in err
+    assert "this teacher edits, and these latents have no source pictures; make them by" in err
     words = [*LADD, f"teacher.path={pipelines('unet')}"]
     code, _, err = command("run", *words, "data=pairs", f"data.path={pairs}", "data.size=64")
     assert code == 1

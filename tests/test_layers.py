@@ -19,8 +19,8 @@ PACKAGE = ROOT / "src" / "distill"
 # than its room.
 LAYERS = {
     "ground": {
-        "core", "machine", "storage", "terminal", "evaluation.categories", "evaluation.results",
-        "evaluation.statistics", "evaluation.tables",
+        "core", "machine", "storage", "terminal", "evaluation.categories", "evaluation.judged",
+        "evaluation.results", "evaluation.statistics", "evaluation.tables",
         "training.run_metadata",
     },
     "parts": {

@@ -8,10 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from distill.data.write import EDIT_PAIRS
 
 PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
 MASKED = "teacher=sd_inpaint data=renders data.masks="
@@ -69,8 +72,85 @@ WRONG = [
         "experiment=inpaint_shapes data.masks=false",
         "these data have no masks; use data=i",
     ),
-    ("run", "teacher=shapes_inpaint", "these data have no masks; use data=images data.masks=true"),
+    (
+        "run",
+        "teacher=shapes_inpaint",
+        (
+            "data: a StableDiffusionInpaintPipeline fills masked parts of pictures, and these data"
+            " have no masks; use experiment=inpaint_shapes, which has data of shapes, or use"
+            " data=images data.masks=true data.path=<folder>"
+        ),
+    ),
     ("run", "data=renders data.masks=true", "data.masks=True: are for an inpainting model, and a "),
+    ("run", "experiment=inpaint_shapes teacher=shapes", "false, or choose teacher=shapes_inpaint"),
+    (
+        "run",
+        "experiment=edit_shapes teacher=shapes metrics=shapes",
+        (
+            "data.reader._target_=distill.worlds.shapes.scenes.Edits: edit pairs are for a model"
+            " that edits, and a StableDiffusion3Pipeline is a text-to-image model; choose"
+            " teacher=shapes_edit"
+        ),
+    ),
+    (
+        "run",
+        "method.distill.image_guidance=1.5",
+        (
+            "method.distill.image_guidance=1.5: is for a teacher that edits, and a"
+            " StableDiffusion3Pipeline does not; set it to 1, or choose teacher=shapes_edit"
+        ),
+    ),
+    (
+        "run",
+        "experiment=inpaint_shapes method.distill.image_guidance=2",
+        "method.distill.image_guidance=2: is for a teacher that edits, and a StableDiffusionInp",
+    ),
+    (
+        "run",
+        "teacher=shapes_edit",
+        (
+            "data: a StableDiffusionInstructPix2PixPipeline edits pictures, and these data have no"
+            " source pictures (they are shapes:latents); use experiment=edit_shapes, which has data"
+            " of shapes, or give edit pairs by data=pairs data.path=<shards>"
+        ),
+    ),
+    (
+        "run",
+        "teacher=shapes_edit data=renders",
+        (
+            "data.reader._target_=distill.worlds.shapes.scenes.Scenes: a StableDiffusionInstructPix"
+            "2PixPipeline edits pictures, and these data have no source pictures; make it"
+            " distill.worlds.shapes.scenes.Edits, or give edit pairs by data=pairs data.path=<shar"
+        ),
+    ),
+    (
+        "run",
+        "teacher=shapes_edit data=pairs data.path={here}/edits.tar data.size=64",
+        "teacher edits pictures; use metrics=shapes_edit",
+    ),
+    (
+        "run",
+        "teacher=shapes_edit data=latents data.path={here}/edits.tar",
+        "edits.tar: this teacher edits, and these latents have no source pictures; make them by d",
+    ),
+    ("run", "data=latents data.path={here}/of_edits", "this teacher does not edit; choose one tha"),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/winners.tar",
+        "winners.tar: none of its 1 samples has a source picture; an edit pair is <key>.source.png",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/pictures",
+        "pictures: none of its 1 samples has a source picture; an edit pair is <key>.source.png",
+    ),
+    ("run", "metrics=shapes_edit", "metrics=shapes_edit: this teacher does not edit pictures; use"),
+    ("run", "metrics=shapes_fill", "this teacher is no inpainting model; metrics.blend=true fills"),
+    (
+        "run",
+        "experiment=edit_shapes metrics=prompts metrics.path={here}/prompts.txt",
+        "metrics: they make whole pictures from captions, and this teacher edits pictures; leave",
+    ),
     ("demo", "run=shapes:unet_edit", "edits pictures, and the demonstration makes whole ones; use"),
     ("demo", "run=shapes:unet teacher=shapes:unet_inpaint", "teacher=shapes:unet_inpaint: fills"),
     ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be 1 (none) or more"),
@@ -533,6 +613,13 @@ print(json.dumps(found))
 """
 
 
+def write_tar(file: Path, *names: str) -> None:
+    """A shard with empty files of these names."""
+    with tarfile.open(file, "w") as shard:
+        for name in names:
+            shard.addfile(tarfile.TarInfo(name))
+
+
 def prepared(here: Path) -> Path:
     """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without
     checkpoints.
@@ -545,6 +632,15 @@ def prepared(here: Path) -> Path:
         (here / name / "model_index.json").write_text(
             json.dumps({"_class_name": kind}), encoding="utf-8"
         )
+    write_tar(here / "edits.tar", "a.source.png", "a.target.png", "a.txt")
+    write_tar(here / "winners.tar", "a.winner.png", "a.loser.png")
+    (here / "of_edits").mkdir()
+    write_tar(here / "of_edits" / "x.tar", "a.latent.npy")
+    (here / "of_edits" / "manifest.json").write_text(
+        json.dumps({"what": EDIT_PAIRS}), encoding="utf-8"
+    )
+    (here / "pictures").mkdir()
+    Image.new("L", (8, 8)).save(here / "pictures" / "a.png")
     (here / "eps" / "scheduler").mkdir(parents=True)
     (here / "eps" / "model_index.json").write_text(
         json.dumps({"_class_name": "StableDiffusionPipeline"}), encoding="utf-8"

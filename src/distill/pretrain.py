@@ -39,7 +39,11 @@ def pretrain(cfg: DictConfig) -> Path:
     asked: Any = OmegaConf.to_container(paths.absolute(cfg), resolve=True)
     with one_writer(Path(cfg.out), "out", deep=True):
         models = run(asked, command=" ".join(["python -m distill.pretrain", *sys.argv[1:]]))
-    print(f"models: {models}")
+    stages = chosen(cfg.stages)
+    if "edits" in stages:
+        print(f"edit pairs: {Path(cfg.out) / 'edits'}")
+    if stages != ["edits"]:
+        print(f"models: {models}")
     return models
 
 

@@ -9,7 +9,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import validate
+from distill.config import editing
 from distill.config.compose import shipped
 from distill.config.generator import STUDENT, check_generator
 from distill.config.optimizers import check_optimizers
@@ -166,7 +166,7 @@ def autoencoder_dtype(cfg: DictConfig, path: Path) -> str:
 
 def embedded(cfg: DictConfig) -> bool:
     """Whether the data hold embedded captions, so that no text encoder is read."""
-    if cfg.data.get("_target_") != validate.LATENTS:
+    if cfg.data.get("_target_") != editing.LATENTS:
         return False
     path = shipped(str(cfg.data.path))
     if stores.is_url(path):

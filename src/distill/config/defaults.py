@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config.compose import overrides
+from distill.config.editing import EDITS, SHIPPED_DATA
 from distill.config.location import CONF_DIR
 from distill.config.optimizers import fit_to_recipe
 from distill.config.signatures import signature
@@ -19,9 +20,8 @@ from distill.teachers.families import family
 from distill.terminal.console import note
 
 WORLD = "shapes"  # the world whose teachers and data are shipped
-SHIPPED_DATA = "shapes:latents"
-EDITS = "distill.worlds.shapes.scenes.Edits"  # renders for teachers that edit
-RENDERS = Path(CONF_DIR) / "data" / "renders.yaml"
+OPTIONS = Path(CONF_DIR) / "data"
+RENDERS = OPTIONS / "renders.yaml"
 # Data for models that read pictures beside the caption, by their fact `image`.
 READ = {
     "mask": "give pictures, on which masks are drawn, by `data=images data.masks=true"
@@ -67,19 +67,29 @@ def with_placeholder_data(cfg: DictConfig) -> DictConfig:
 
 
 def fit_to_own_data(cfg: DictConfig) -> None:
-    """Leave out the null keys of an option of data that a function of the user does not take.
+    """Leave out keys that the chosen data do not take and that nobody typed.
 
-    They are the option's, as `column` of data=prompts, and nobody typed them.
+    For a function of the user they are null keys of the option, as `column` of data=prompts. For
+    data= beside an experiment they are what it sets for its own option, as `reader`.
     """
     target = str(cfg.data.get("_target_"))
-    taken = None if target.startswith("distill.") else signature(target)
-    if taken is None or taken.open:
+    own, taken = target.startswith("distill."), signature(target)
+    if taken is None or taken.open or (own and not _typed_overrides("data=")):
         return
+    known = keys_of_options() if own else set()
     OmegaConf.set_struct(cfg, False)
     for key, value in OmegaConf.to_container(cfg.data).items():
-        if value is None and key not in taken.keys and not _typed_overrides(f"data.{key}="):
+        typed = _typed_overrides(f"data.{key}=", f"data.{key}.")
+        of_another = key in known if own else value is None
+        if of_another and key not in taken.keys and not typed:
             cfg.data.pop(key)
     OmegaConf.set_struct(cfg, True)
+
+
+def keys_of_options() -> set[str]:
+    """The keys of all our options of data; others are mistakes, which are refused."""
+    options = [OmegaConf.load(file) for file in OPTIONS.glob("*.yaml")]
+    return {str(key) for option in options for key in option} - {"_target_"}
 
 
 def is_shapes_teacher() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config.validate import LATENTS
+from distill.config.editing import LATENTS, check_cached_pairs
 from distill.core import limits
 from distill.data.write import EDIT_PAIRS
 from distill.storage import fingerprints as content
@@ -88,13 +88,8 @@ def _check_frames(cfg: DictConfig, found: Sequence[int], own: Sequence[int]) -> 
 
 def _check_pairs(cfg: DictConfig, of_edits: bool, teacher: Any) -> None:
     """Raise ValueError for latents of edit pairs without an editing teacher, or the reverse."""
-    edits = teacher.image == "source"
-    if edits == of_edits or cfg.data.get("_target_") != LATENTS:
-        return
-    what = "this teacher edits, and these latents have no source pictures; cache data=pairs"
-    if of_edits:
-        what = "they are of edit pairs, and this teacher does not edit; choose one that does"
-    raise ValueError(f"data.path={cfg.data.path}: {what}")
+    if cfg.data.get("_target_") == LATENTS:
+        check_cached_pairs(cfg.data.path, of_edits, teacher.image == "source")
 
 
 def warn_size(data: Any, teacher: Any) -> None:

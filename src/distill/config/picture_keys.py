@@ -61,7 +61,7 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
     """
     family = family_of_run(run)
     if family is not None and family.image in READERS:
-        what = f"{families.DOES[family.image]}, and {command} makes whole ones"
+        what = f"{limits.DOES[family.image]}, and {command} makes whole ones"
         keys = READERS[family.image]
         raise ValueError(f"{key}={run}: {what}; use the sample command with {keys}")
 

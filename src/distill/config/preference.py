@@ -6,9 +6,9 @@ from omegaconf import DictConfig
 
 from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
-from distill.core.limits import NO_SAMPLES
+from distill.core.limits import DOES, NO_SAMPLES
 from distill.storage import source_code
-from distill.teachers.families import DOES, family
+from distill.teachers.families import family
 from distill.teachers.loading import locate
 
 PREFERENCES = "distill.data.source.preferences"

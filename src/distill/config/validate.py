@@ -42,6 +42,7 @@ from distill.config.watched import check_samples_prompts, check_watched
 from distill.core import limits
 from distill.data.lines import Lines
 from distill.data.named import expand
+from distill.data.paired import check_holds_pairs
 from distill.data.shards import check_pictures
 from distill.evaluation import references as material
 from distill.machine.hardware import check_precision
@@ -51,7 +52,6 @@ from distill.teachers import families
 from distill.teachers.loading import locate
 from distill.teachers.loading.settings import check_settings, in_folder
 
-LATENTS = "distill.data.source.latents"
 NEEDED = ("method", "teacher", "student", "data", "loop", "trainer", "sampler")
 PARTS = ("features", "heads", "condition")  # of a discriminator
 OPTIMIZED = ("student", "discriminator")  # what has an optimiser
@@ -86,7 +86,6 @@ def check_run(cfg: DictConfig) -> None:
     check_decoder(cfg.method)
     check_pairs(cfg.method)
     check_preference(cfg)
-    editing.check_guidance_by_source(cfg)
     check_batches(cfg)
     check_start(cfg)
     check_data(cfg.data)
@@ -100,6 +99,8 @@ def check_run(cfg: DictConfig) -> None:
     if has_target(cfg.get("metrics")):
         check_metrics(cfg.metrics)
         check_made(cfg.teacher, cfg.metrics, "metrics.")
+        editing.check_judged(cfg)
+    editing.check_guidance_by_source(cfg)
     check_run_dir_free(cfg)
 
 
@@ -304,9 +305,12 @@ def check_data(data: DictConfig) -> None:
     path = shipped(str(data.path))
     if data.get("_target_") == PROMPTS:
         Lines(path, column=plain.get("column"))
-    elif data.get("_target_") == LATENTS:
+    elif data.get("_target_") == editing.LATENTS:
         expand(path)
-    elif data.get("_target_") in (PREFERENCES, editing.EDIT_PAIRS):
+    elif data.get("_target_") == editing.EDIT_PAIRS:
+        check_pictures(path)
+        check_holds_pairs(path)
+    elif data.get("_target_") == PREFERENCES:
         check_pictures(path)  # a folder of pictures is refused with what pairs are
     elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
         keys = ("repeats", "caption_key", "max_empty_share", "image_column", "caption_column")

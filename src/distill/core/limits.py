@@ -14,6 +14,8 @@ PIXELS = "pixels"  # what ADD's discriminator works on
 FAKE_SCORE = "a fake score"  # what DMD2's discriminator works on
 FRAMES = 4  # of a video that an autoencoder encodes together, after the first one
 LOCAL_BATCH = 8  # samples, at most, that share batch norm statistics in the heads of ADD
+# What a model that also reads pictures does, by the fact `image` of its family.
+DOES = {"mask": "fills masked parts of pictures", "source": "edits pictures"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Settings of a shift by the size of the picture, their types and these in words.
 SHIFT: dict[str, tuple[Any, str]] = {

@@ -4,11 +4,8 @@ from torch import Tensor
 
 from distill.data import decode
 from distill.data.datasets import ImageShards, Size
-from distill.data.folder import Index
+from distill.data.paired import PARTS, check_pairs
 from distill.data.shards import Shards
-from distill.storage import formats
-
-PARTS = ("source", "target")
 
 
 class EditPairs(ImageShards):
@@ -36,16 +33,3 @@ class EditPairs(ImageShards):
         sides = bucket or (self.size,)
         pictures = (decode.image(sample, *sides, part=part) for part in PARTS)
         return dict(zip(("source", "pixels"), pictures, strict=True))
-
-
-def check_pairs(path: str, index: Index) -> None:
-    """Raise ValueError if no sample has both pictures of an edit pair."""
-    ends = formats.suffixes()
-    has = [{part for part in PARTS if any(f"{part}.{e}" in p for e in ends)} for _, p in index]
-    if any(len(each) == 2 for each in has):
-        return
-    lacks = "target" if any("source" in each for each in has) else "source"
-    raise ValueError(
-        f"data.path={path}: none of its {len(index)} samples has a {lacks} picture; an edit pair is"
-        " <key>.source.png, <key>.target.png and <key>.txt in a shard"
-    )

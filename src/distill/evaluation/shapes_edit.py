@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.evaluation import results
-from distill.evaluation.shapes import BATCH, OTHERS, VARIETY, Shapes
+from distill.evaluation.shapes import BATCH, VARIETY, Shapes
 from distill.sampling import seeded
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
@@ -36,13 +36,8 @@ class EditedShapes(Shapes):
     """
 
     any_size: ClassVar[bool] = False
+    judges: ClassVar[str] = "shapes_edit"
     image_guidance: float = 1.5
-
-    def _check_kind(self, teacher: PipelineTeacher) -> None:
-        if teacher.image != "source":
-            other = OTHERS.get(teacher.image, "shapes")
-            what = "this teacher does not edit pictures"
-            raise ValueError(f"metrics=shapes_edit: {what}; use metrics={other}")
 
     def count(self) -> int:
         return self.prompts + len(_adding(judging_edits(self.prompts, seed=self.seed))) * VARIETY[1]

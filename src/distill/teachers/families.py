@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from distill.teachers.pipeline import PipelineTeacher
 
 TEACHER = "distill.teachers.pipeline.PipelineTeacher"
-# What a model that also reads pictures does, by its fact `image`.
-DOES = {"mask": "fills masked parts of pictures", "source": "edits pictures"}
 BUILT_IN = {  # class of a pipeline -> teacher class
     "ChromaPipeline": "distill.teachers.chroma.Chroma",
     "Flux2KleinPipeline": "distill.teachers.flux2.Flux2Klein",
