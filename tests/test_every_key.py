@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def here(tmp_path_factory) -> Path:
     """A folder with a file for each kind of path that must be given."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "prompts.txt").write_text("a\n", encoding="utf-8")
-    for name in ("x.tar", "few_step.safetensors"):
-        (folder / name).write_bytes(b"")
+    (folder / "few_step.safetensors").write_bytes(b"")
+    with tarfile.open(folder / "x.tar", "w") as tar:  # of an edit pair, whose names are read
+        for end in ("source.png", "target.png", "txt"):
+            tar.addfile(tarfile.TarInfo(f"0.{end}"))
     return folder
 
 
