@@ -4,6 +4,7 @@ and given again.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -40,7 +41,13 @@ def last(err):
 
 
 @pytest.mark.parametrize(("mistake", "said"), FAILING)
-def test_a_run_that_cannot_begin_leaves_no_folder(mistake, said, words, command, tmp_path):
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    mistake, said, words, command, tmp_path, monkeypatch
+):
+    own = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else own(n, *a)
+    )
     judged = [] if any(word.startswith("metrics") for word in mistake) else ["~metrics"]
     code, _, err = command("run", *words, *judged, *mistake)
     assert code == 1

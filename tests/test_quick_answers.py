@@ -441,6 +441,21 @@ WRONG = [
     ("run", "teacher.path={here}/unet", "holds a StableDiffusionPipeline, but this teacher reads"),
     ("run", "++teacher.weights=nope.safetensors", "teacher.weights=nope.safetensors: no such file"),
     ("run", "data.path=nope", "data.path=nope: no such file or folder; check the path"),
+    (
+        "run",
+        "experiment=edit_shapes teacher=shapes metrics=shapes",
+        "image_guidance=1.5: is for a teacher that edits, and a StableDiffusion3Pipeline does not",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes teacher=shapes metrics=shapes method.distill.image_guidance=1",
+        "scenes.Edits: is for a model that edits, and a StableDiffusion3Pipeline does not; choose",
+    ),
+    (
+        "run",
+        "method=ladd method.distill.image_guidance=2",
+        "method.distill.image_guidance=2: is for a teacher that edits, and a StableDiffusion3Pip",
+    ),
     ("run", "data=images data.path={here}/made", "has neither .tar shards nor images"),
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: no such file; check"),
     ("run", "metrics=coco5k metrics.path={here}", "cannot read annotations/captions_val2017.json"),

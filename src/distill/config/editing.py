@@ -6,6 +6,7 @@ from distill.core.odds import check_masks
 from distill.teachers.families import Family, family
 
 OWN_SOURCES = "distill.data.source."
+EDITS_OF_SHAPES = "distill.worlds.shapes.scenes.Edits"
 EDIT_PAIRS = "distill.data.source.pairs"
 UNGUIDED = "a {} is not guided by its source picture"
 WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
@@ -19,6 +20,10 @@ def check_pairs_fit(data: DictConfig, family: Family | None) -> None:
         kind = "an inpainting" if family.image else "a text-to-image"
         what = f"are for a model that edits, and a {family.kind_name()} is {kind} model"
         raise ValueError(f"data: edit pairs {what}; choose teacher=instruct_pix2pix or the like")
+    reader = OmegaConf.select(data, "reader._target_")
+    if family and not edits and reader == EDITS_OF_SHAPES:
+        what = f"is for a model that edits, and a {family.kind_name()} does not"
+        raise ValueError(f"data.reader._target_={reader}: {what}; choose teacher=shapes_edit")
     if edits and target in WITHOUT_SOURCES:
         what = f"a {family.kind_name()} edits pictures, and these data have no source pictures"
         raise ValueError(f"data: {what}; give edit pairs by data=pairs")
@@ -48,6 +53,9 @@ def check_guidance_by_source(cfg: DictConfig) -> None:
         given = OmegaConf.select(cfg, key)
         if facts is not None and facts.in_context and given not in (None, 1):
             raise ValueError(f"{key}={given}: {UNGUIDED.format(facts.kind_name())}; set it to 1")
+        if facts is not None and facts.image != "source" and given not in (None, 1):
+            what = f"is for a teacher that edits, and a {facts.kind_name()} does not"
+            raise ValueError(f"{key}={given}: {what}; take one that edits, or leave it out")
 
 
 def check_edit(cfg: DictConfig, edits: bool, in_context: bool = False) -> None:
