@@ -346,7 +346,7 @@ def test_pictures_are_read_as_in_training(monkeypatch, tmp_path):
     sideways = others[-1]
     with monkeypatch.context() as patch:  # Pillow, of an EXIF block that is damaged
         patch.setattr(
-            "distill.storage.pictures.ImageOps.exif_transpose", lambda _: struct.unpack("I", b"")
+            "distill.storage.formats.ImageOps.exif_transpose", lambda _: struct.unpack("I", b"")
         )
         with pytest.raises(ValueError, match=r"sideways\.jpg: cannot be read as a picture"):
             open_rgb(tmp_path / "sideways.jpg")

@@ -246,9 +246,11 @@ AFTERWARDS = """
 import logging, sys
 from distill.exporting import openvino_files
 
+if sys.argv[2:]:
+    __import__(sys.argv[2])
 sys.stderr = kept = open(sys.argv[1], "w")
 openvino_files.openvino()
-print("absl" in sys.modules)
+print("absl.logging" in sys.modules)
 sys.stderr = sys.__stderr__
 logging.shutdown()  # as Hydra does before it sets up the logs of a command
 print(kept.closed)
@@ -258,9 +260,12 @@ print(absl.__name__)
 
 
 @needs_openvino
-def test_openvino_leaves_no_handler_that_closes_stderr(tmp_path):
-    """It imports absl, whose handler closes the stderr of that moment."""
-    words = [sys.executable, "-c", AFTERWARDS, str(tmp_path / "other")]
+@pytest.mark.parametrize("before", [[], ["torch.utils.tensorboard"]])
+def test_openvino_leaves_no_handler_that_closes_stderr(before, tmp_path):
+    """It imports absl's logging, whose handler closes the stderr of that moment. TensorBoard
+    imports absl alone.
+    """
+    words = [sys.executable, "-c", AFTERWARDS, str(tmp_path / "other"), *before]
     done = subprocess.run(words, capture_output=True, encoding="utf-8", check=False)
     assert done.stdout.split() == ["False", "False", "absl"], done.stderr
 

@@ -119,9 +119,10 @@ def check_numbers(folder: Path) -> int:
 
 def test_the_ratings_of_the_proxy_user_study_are_those_of_its_file():
     folder = ROOT / "experiments" / "proxy_user_study"
-    made = runpy.run_path(str(folder / "write.py"))
+    made = runpy.run_path(str(EXPERIMENTS / "ratings.py"))
     page = (folder / "README.md").read_text(encoding="utf-8")
-    between = page.split(made["BEGIN"], 1)[1].split(made["END"], 1)[0].strip()
+    between = page.split("<!-- made by experiments/ratings.py: ratings -->", 1)[1]
+    between = between.split("<!-- end -->", 1)[0].strip()
     assert between == made["table"](folder / "wins.csv")
     won = made["rates"](folder / "wins.csv")
     assert won["LADD, 4 steps"][1] < 0.5 < won["LADD, 4 steps"][2]  # the page says so

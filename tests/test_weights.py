@@ -442,7 +442,7 @@ def test_prompts_are_lines_of_a_file(tmp_path):
     batch = next(iter(loader))
     assert sorted(batch["caption"]) == ["a", "b \u2028 d", "c"]
     for path, what in (
-        (tmp_path / "none.txt", "cannot be read"),
+        (tmp_path / "none.txt", "no such file; check the path"),
         (tmp_path / "blank.txt", "no line that is not blank"),
     ):
         (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from distill.evaluation.tables import MEASURES, SPACE
 from distill.storage.atomic import write_text_atomic
 from runner.study import Study, StudyError, TableOf
 
-BEGIN, END = "<!-- made by experiments/run.py: {} -->", "<!-- end -->"
+BEGIN, END = "<!-- made by experiments/{}: {} -->", "<!-- end -->"
 CLAIM_HEADS = ("claim", "the paper", "tested here", "difference [95 %]", "over", "verdict")
 NOTHING = "No run of this study is finished yet."
 
@@ -29,11 +29,14 @@ def write_pages(study: Study, overview: Path) -> None:
         replace_parts(overview, {"claims": overview_part(overview.parent)})
 
 
-def replace_parts(page: Path, parts: dict[str, str]) -> None:
-    """Replace what is between the markers of each part. Raises StudyError if one is missing."""
+def replace_parts(page: Path, parts: dict[str, str], *, by: str = "run.py") -> None:
+    """Replace what is between the markers of each part, made `by` this file of `experiments`.
+
+    Raises StudyError if one is missing.
+    """
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# {page.parent.name}\n"
     for name, content in parts.items():
-        begin = BEGIN.format(name)
+        begin = BEGIN.format(by, name)
         block = f"{begin}\n\n{content.strip()}\n\n{END}"
         if begin not in text:
             text = f"{text.rstrip()}\n\n{block}\n"

@@ -18,6 +18,7 @@ from distill.report.evaluation import MAIN
 from distill.report.runs import Run
 
 SHOWN, LABEL, MOST = 14, 150, 24  # pictures a row at most, pixels of a label at least, rows
+DRAWN = {**STYLE, "svg.hashsalt": "distill"}  # the same file for the same numbers
 Rows = dict[tuple[str, int], list[Image.Image]]
 
 
@@ -115,7 +116,7 @@ def write_curves(file: Path, groups: Mapping[str, Sequence[Run]]) -> None:
     found = [(key, axis, curves) for key, axis, curves in found if curves]
     if not found:
         return
-    with rc_context({**STYLE, "svg.hashsalt": "distill"}):  # the same file for the same numbers
+    with rc_context(DRAWN):
         figure = Figure(figsize=(9, 3 * -(-len(found) // 2)), layout="constrained")
         for place, (key, axis, curves) in zip(
             figure.subplots(-(-len(found) // 2), 2, squeeze=False).flat, found, strict=False

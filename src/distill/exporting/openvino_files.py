@@ -20,18 +20,20 @@ def openvino() -> Any:
     """The library without its telemetry, which would send as soon as it is imported, without being
     asked, from a fork of this process.
 
-    It also imports absl where that is installed, only to take off a log handler of absl. The
-    handler keeps the stderr of that moment, and closes it when a later command sets up its logs.
+    It also imports absl.logging where that is installed, only to take off a handler that absl made
+    just then. The handler keeps the stderr of that moment, and closes it when a later command sets
+    up its logs. TensorBoard imports absl without its logging, so absl itself may be there.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # "not installed"
-    hide = "absl" not in sys.modules
-    if hide:
-        sys.modules["absl"] = None  # type: ignore[assignment]
+    if "absl.logging" in sys.modules:
+        return importlib.import_module("openvino")
+    before = {"absl": sys.modules["absl"]} if "absl" in sys.modules else {}
+    sys.modules["absl"] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("openvino")
     finally:
-        if hide:
-            del sys.modules["absl"]
+        del sys.modules["absl"]
+        sys.modules.update(before)
 
 
 def convert(file: Path) -> Path:
