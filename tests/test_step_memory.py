@@ -76,7 +76,7 @@ def test_source_pictures_of_edits_are_counted(tmp_path):
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     files = {"source.png": picture.getvalue(), "target.png": picture.getvalue(), "txt": b"go"}
     write_shard(str(tmp_path / "pairs.tar"), [("000000", files)])
-    words = ["teacher=shapes_edit", "student=lora", "data.size=64"]
+    words = ["teacher=shapes_edit", "student=lora", "data.size=64", "~metrics"]
     found = counted(*words, "data=pairs", f"data.path={tmp_path / 'pairs.tar'}")
     assert found.held["batch"] == 2 * 4 * 3 * 64 * 64 * 4
     assert found.within > 0
