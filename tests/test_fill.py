@@ -13,6 +13,7 @@ import families
 import tiny
 from distill.config import picture_keys
 from distill.core.types import FILL
+from distill.evaluation.features import open_rgb
 from distill.exporting.card import write_card
 from distill.sampling import Consistency
 from distill.students import full, save_pipeline
@@ -107,6 +108,27 @@ def test_a_mask_of_grey_levels_is_cut_at_half(tmp_path):
     assert (found[..., 32:, :] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [("i.tif", (0, 255), np.int32), ("16.png", (300, 40_000), np.uint16)],
+)
+def test_a_mask_of_more_bits_is_checked_as_it_is_read(name, values, kind, tmp_path):
+    grey = np.full((64, 64), values[0], kind)
+    grey[:32] = values[1]
+    Image.fromarray(grey).save(tmp_path / name)
+    picture_keys.check_mask("picture.png", (64, 64), str(tmp_path / name))
+    read = np.asarray(open_rgb(tmp_path / name))
+    assert (read[:32] >= 128).all()
+    assert (read[32:] < 128).all()
+
+
+def test_dark_16_bits_of_a_pgm_stay_dark(tmp_path):
+    """Pillow reads them in the mode of 32-bit integers."""
+    Image.fromarray(np.full((8, 8), 255, np.uint16)).save(tmp_path / "dark.pgm")
+    assert Image.open(tmp_path / "dark.pgm").mode == "I"
+    assert np.asarray(open_rgb(tmp_path / "dark.pgm")).max() == 0
+
+
 def test_a_mask_whose_white_is_cropped_away_is_named(asked, exported, command, tmp_path):
     mask = np.zeros((64, 200), np.uint8)
     mask[:, :20] = 255
@@ -130,6 +152,8 @@ def test_a_mask_whose_white_is_cropped_away_is_named(asked, exported, command, t
             "mask=small.png: is 32x64, and image=.* is 64x64; make them of one",
         ),
         ({"mask": "black.png"}, "mask=black.png: has no white, so nothing to fill"),
+        ({"mask": "dark.png"}, "mask=dark.png: has no white, so nothing to fill"),
+        ({"mask": "floats.tif"}, "mask=floats.tif: cannot be read .*its pixels are floats; save"),
         ({"mask": "text.png"}, "mask=text.png: cannot be read as a picture"),
         ({"image": "text.png"}, "image=text.png: cannot be read as a picture .*; give another"),
         ({"mask": "clear.png"}, "mask=clear.png: has transparent parts, which may mean both; save"),
@@ -147,6 +171,9 @@ def test_what_cannot_be_filled_is_said_before_weights_are_read(
     )
     Image.new("L", (32, 64), 255).save(tmp_path / "small.png")
     Image.new("L", (64, 64), 0).save(tmp_path / "black.png")
+    # Of 65535; and not known to be white.
+    Image.fromarray(np.full((64, 64), 300, np.uint16)).save(tmp_path / "dark.png")
+    Image.fromarray(np.ones((64, 64), np.float32)).save(tmp_path / "floats.tif")
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     (clear := Image.new("RGBA", (64, 64))).paste("white", (8, 8, 40, 40))
     clear.save(tmp_path / "clear.png")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import ListConfig
-from PIL import Image, ImageOps
+from PIL import Image
 
 from distill.config.compose import shipped
 from distill.core import limits
@@ -104,17 +104,15 @@ def check_mask(image: str | None, size: tuple[int, int] | None, mask: str) -> No
         # Some programs fill what is transparent, others what is painted.
         what = "has transparent parts, which may mean both"
         raise ValueError(f"mask={mask}: {what}; save it white where to fill, and black elsewhere")
-    if painted.convert("L").getextrema()[1] < 128:
+    if painted.convert("RGB").convert("L").getextrema()[1] < 128:
         raise ValueError(f"mask={mask}: has no white, so nothing to fill; paint what to fill white")
 
 
 def _opened(key: str, path: str) -> Image.Image:
-    """The picture of this key, rotated by its EXIF and decoded."""
+    """The picture of this key, read as the command reads it later."""
     try:
         with formats.open_picture(Path(path), Path(path).suffix.lower()) as opened:
-            picture: Image.Image = ImageOps.exif_transpose(formats.reduced(opened))
-            picture.load()
-            return picture
+            return formats.upright(opened)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         what = f"cannot be read as a picture ({error}); give another"
         raise ValueError(f"{key}={path}: {what}") from None

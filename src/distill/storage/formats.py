@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from distill.storage import headers
 
@@ -128,6 +128,30 @@ def _scale(picture: Image.Image, most: int) -> int | None:
     if picture.format not in ("JPEG", "MPO") or picture.info.get("progressive"):
         return None
     return next((k for k in (1, 2, 4, 8) if width * height <= most * k * k), None)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture decoded, rotated by its EXIF, with grey of more than 8 bits scaled to 8 bits.
+
+    Raises ValueError for too many pixels (see `reduced`), and for pixels without a known white:
+    floats, and integers of more than 16 bits.
+    """
+    written_as = picture.format  # rotating forgets it
+    picture = ImageOps.exif_transpose(reduced(picture))
+    picture.load()
+    if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
+    if not picture.mode.startswith("I"):
+        return picture
+    import numpy as np  # most pictures need none
+
+    grey = np.asarray(picture)  # Pillow would clip it to white
+    if grey.size and (grey.min() < 0 or grey.max() >= 2**16):
+        raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
+    # Programs write 8 bits as 32 without scaling them. A PGM of 16 bits has this mode too, but its
+    # values are scaled.
+    of_8_bits = picture.mode == "I" and written_as != "PPM" and grey.max(initial=0) < 2**8
+    return Image.fromarray((grey if of_8_bits else grey // 2**8).astype(np.uint8))
 
 
 def is_unreadable(suffix: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -23,18 +23,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Convert to RGB: rotated by its EXIF, transparency on white, 16-bit grey scaled to 8 bits.
 
-    A JPEG of too many pixels is decoded smaller (see `formats.reduced`). Raises ValueError for
-    other pictures of too many pixels, and for pixels without a known white: floats, and integers of
-    more than 16 bits.
+    Of its size and of its numbers see `formats.upright`, which raises ValueError.
     """
-    picture = ImageOps.exif_transpose(formats.reduced(picture))
-    if picture.mode == "F":  # Pillow would clip it, to black where it lies in [0, 1]
-        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):  # Pillow would clip it to white
-        grey = np.asarray(picture)
-        if grey.size and (grey.min() < 0 or grey.max() >= 2**16):
-            raise ValueError("its pixels have more than 16 bits; save it with 8 or 16 bits")
-        picture = Image.fromarray((grey // 256).astype(np.uint8))
+    picture = formats.upright(picture)
     if picture.has_transparency_data:
         # Colours of transparent pixels are arbitrary, and must not be trained on.
         picture = picture.convert("RGBA")
