@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import distill
@@ -17,11 +20,13 @@ import families
 from distill.config.counting import can_shard
 from distill.config.step_memory import of_step
 from distill.core.transfers import Later
+from distill.data.write import write_shard
 from distill.machine.memory import Counter
 from distill.machine.meta_device import meta_device
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
+DPO = ("method=dpo", "sampler=guided", "student=lora")
 
 
 def test_a_checkpointed_pass_under_autocast_is_counted():
@@ -64,6 +69,36 @@ def test_options_that_save_memory_lower_the_count(pipelines):
     assert small.held["optimiser states"] == 0
     assert small.host > 2 * small.held["student"]
     assert plain.peak == plain.within + sum(plain.held.values())
+
+
+def test_source_pictures_of_edits_are_counted(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    files = {"source.png": picture.getvalue(), "target.png": picture.getvalue(), "txt": b"go"}
+    write_shard(str(tmp_path / "pairs.tar"), [("000000", files)])
+    words = ["teacher=shapes_edit", "student=lora", "data.size=64"]
+    found = counted(*words, "data=pairs", f"data.path={tmp_path / 'pairs.tar'}")
+    assert found.held["batch"] == 2 * 4 * 3 * 64 * 64 * 4
+    assert found.within > 0
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_losers_of_latents_are_counted_in_their_own_shape(side, tmp_path):
+    latents = []
+    for seed in range(2):
+        np.save(file := io.BytesIO(), np.full((4, side, side), seed, np.float32))
+        latents.append(file.getvalue())
+    files = {"winner.npy": latents[0], "loser.npy": latents[1], "txt": b"a star"}
+    write_shard(str(tmp_path / "pairs.tar"), [("000000", files)])
+    found = counted(*DPO, "data=preference", f"data.path={tmp_path / 'pairs.tar'}")
+    assert found.held["batch"] == 2 * 4 * 4 * side * side * 4
+    assert found.within > 0
+
+
+def test_losers_of_pictures_are_counted():
+    found = counted(*DPO, "data=renders", "data.pairs=true", "data.size=64")
+    assert found.held["batch"] == 2 * 4 * 3 * 64 * 64 * 4
+    assert found.within > 0
 
 
 def test_a_score_teacher_is_counted(command, pipelines):

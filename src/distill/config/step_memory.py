@@ -19,10 +19,13 @@ from torch import Tensor, nn
 from distill.config import build
 from distill.config.compose import make, shipped
 from distill.config.models import teacher_of
+from distill.config.preference import PREFERENCES
 from distill.config.validate import LATENTS, PROMPTS
 from distill.core.types import EMBEDDED, FILL
 from distill.data.datasets import LatentShards
 from distill.data.named import expand
+from distill.data.pairs import Pairs
+from distill.data.write import EDIT_PAIRS
 from distill.machine import budget
 from distill.machine.memory import Counter
 from distill.machine.meta_device import META, Kind, meta_device, shapes_only
@@ -132,10 +135,15 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
         shape = _largest(data.get("buckets") or shards.made.get("buckets")) or shards.shape[-2:]
         batch["x0"] = empty(count, *shards.shape[:-2], *shape)
         batch |= {key: empty(count, *x.shape[1:]) for key, x in shards.null.items()}
+        if shards.made.get("what") == EDIT_PAIRS:
+            beside = shards.find(0)[0]["image"]  # the constructor has read it
+            batch["image"] = empty(count, *beside.shape[:-2], *shape)
         if data.get("seeded"):
             batch["noise"] = torch.empty_like(batch["x0"])
         if data.get("embed_once") and not shards.null:
             batch |= teacher.embed(batch["caption"]).tensors()
+    elif kind == PREFERENCES and (shape := _latents_of_pairs(data)):
+        batch |= {key: empty(count, *shape) for key in ("x0", "loser_x0")}
     elif kind != PROMPTS:
         cells = teacher.unit // teacher.patch
         sides = _largest(data.get("buckets")) or [data.get("size") or 0] * 2
@@ -143,11 +151,22 @@ def _batch(cfg: DictConfig, teacher: Any) -> dict[str, Any]:
             sides = [side * cells for side in teacher.latent_shape[-2:]]
         frames = [teacher.frames] if len(teacher.latent_shape) > 3 else []  # of a video
         batch["pixels"] = empty(count, 3, *frames, *sides)
+        if teacher.image == "source":
+            batch["source"] = torch.empty_like(batch["pixels"])
+        if kind == PREFERENCES or data.get("pairs"):
+            batch["loser_pixels"] = torch.empty_like(batch["pixels"])
         if data.get("masks"):
             batch[FILL] = empty(count, 1, *sides)
         if data.get("seeded"):
             batch["noise"] = empty(count, *teacher.latent_shape)
     return batch
+
+
+def _latents_of_pairs(data: DictConfig) -> tuple[int, ...] | None:
+    """Shape of the largest latents of these pairs; None for pairs of pictures."""
+    shape = Pairs(shipped(str(data.path)), size=data.get("size") or 1, limit=1).shape
+    bucket = _largest(data.get("buckets"))
+    return shape and (*shape[:-2], *(bucket or shape[-2:]))
 
 
 def _again(x: Any) -> Any:

@@ -355,7 +355,7 @@ class TwoPlayerLoop:
         issue is closed.
         """
         found, profiler = method.optimizers(), method.trainer.profiler
-        wrapped: list[Any] = found if method.opponents else [found]
+        wrapped: list[Any] = found if isinstance(found, list) else [found]
         for optimizer in wrapped[1:]:
             optimizer._on_before_step = lambda: profiler.start("optimizer_step")
             optimizer._on_after_step = lambda: profiler.stop("optimizer_step")
