@@ -21,7 +21,7 @@ from torchvision.utils import save_image
 from distill.core.tensors import fingerprint
 from distill.core.types import FILL, Denoiser
 from distill.data.masks import Masks
-from distill.evaluation import results
+from distill.evaluation import kinds, results
 from distill.evaluation.tables import steps_text
 from distill.machine.hardware import precision
 from distill.sampling import (
@@ -36,7 +36,6 @@ from distill.sampling import (
 from distill.sampling.guided import guided
 from distill.storage.atomic import write_atomic
 from distill.storage.fingerprints import path_fingerprint
-from distill.teachers.families import DOES
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
 from distill.worlds.shapes.frames import LEAST, sides
@@ -48,10 +47,6 @@ BATCH = 32  # pictures at a time; larger batches exceed a CPU's caches and take 
 SHOWN = 16  # pictures of each row in the comparison
 MASKED = 3  # of the seeds of pictures to fill; the judge's renders have 2
 CHECKED, GOOD = 200, 0.95  # ours: renders of another size, and the least share of them read right
-OTHERS = {
-    "mask": "shapes_fill",
-    "source": "shapes_edit",
-}  # protocols of teachers that read pictures
 VARIETY = (8, 8)  # prompts, pictures of each: for diversity
 FIXED_PROTOCOL = {
     "student guidance": "none",
@@ -101,9 +96,7 @@ class Shapes:
 
     def _check_kind(self, teacher: PipelineTeacher) -> None:
         """Raise ValueError for a teacher that does something else than this protocol evaluates."""
-        if teacher.image in OTHERS:
-            what = f"whole pictures are made from captions, and this teacher {DOES[teacher.image]}"
-            raise ValueError(f"metrics=shapes: {what}; use metrics={OTHERS[teacher.image]}")
+        kinds.check_whole(teacher)
 
     def _check_size(self, teacher: PipelineTeacher) -> None:
         key = f"metrics.size={self.size}"

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from distill.evaluation import results
-from distill.evaluation.shapes import BATCH, OTHERS, VARIETY, Shapes
+from distill.evaluation import kinds, results
+from distill.evaluation.shapes import BATCH, VARIETY, Shapes
 from distill.sampling import seeded
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
@@ -39,10 +39,7 @@ class EditedShapes(Shapes):
     image_guidance: float = 1.5
 
     def _check_kind(self, teacher: PipelineTeacher) -> None:
-        if teacher.image != "source":
-            other = OTHERS.get(teacher.image, "shapes")
-            what = "this teacher does not edit pictures"
-            raise ValueError(f"metrics=shapes_edit: {what}; use metrics={other}")
+        kinds.check_edits(teacher)
 
     def count(self) -> int:
         return self.prompts + len(_adding(judging_edits(self.prompts, seed=self.seed))) * VARIETY[1]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distill.core import distances
 from distill.core.types import FILL, Cond, Denoiser
-from distill.evaluation import results
-from distill.evaluation.shapes import OTHERS, Shapes, evaluated_samplers, generate_pictures, masked
+from distill.evaluation import kinds, results
+from distill.evaluation.shapes import Shapes, evaluated_samplers, generate_pictures, masked
 from distill.sampling import FewSteps
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import Bar
@@ -46,14 +46,7 @@ class FilledShapes(Shapes):
     blend: bool = False
 
     def _check_kind(self, teacher: PipelineTeacher) -> None:
-        fills = teacher.image == "mask"
-        if self.blend and teacher.image_channels:
-            what = "an ordinary model fills by blending, and this one reads picture channels"
-            raise ValueError(f"metrics.blend=true: {what}; make it false")
-        if not self.blend and not fills:
-            how = "metrics.blend=true fills with an ordinary one"
-            how = f"use metrics={OTHERS[teacher.image]}" if teacher.image in OTHERS else how
-            raise ValueError(f"metrics=shapes_fill: this teacher is no inpainting model; {how}")
+        kinds.check_fills(teacher, self.blend)
 
     def fixed(self) -> dict[str, Any]:
         # Not `blend`: it is how a model fills, and results of both are compared.
