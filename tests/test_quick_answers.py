@@ -57,6 +57,12 @@ WRONG = [
     ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be a finite number, 0 or"),
     ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be a finite number, 0 or"),
     ("sample", "run={here}/unet prompt=x strength=0.5", "strength=0.5: has no effect without a st"),
+    (
+        "export",
+        "run=shapes:student to=diffusers out=.",
+        "out=.: is no name of a new file or folder",
+    ),
+    ("export", "run=shapes:student to=single_file out=/", "out=/: is no name of a new file or fol"),
     # what the files of a model say
     ("sample", "run=shapes:unet prompt=x", "run=shapes:unet: was not distilled to few steps; add"),
     ("sample", "run=shapes:student prompt=x guidance=4", "guidance=4: run=shapes:student was dis"),
