@@ -12,7 +12,7 @@ import tiny
 from distill import students
 from distill.config.models import student_of
 from distill.sampling import Consistency, distilled
-from distill.teachers.loading.reading import lineage
+from distill.teachers.loading.locate import lineage
 from distill.worlds.shapes.pretraining.assemble import save_beside
 
 

@@ -24,7 +24,8 @@ from distill.config import validate
 from distill.config.compose import dotted
 
 OPTIONS = [  # of groups that no experiment takes
-    "teacher=sdxl_instruct_pix2pix data=pairs", "teacher=sd3_inpaint data=images data.masks=true",
+    "teacher=sdxl_instruct_pix2pix data=pairs ~metrics",
+    "teacher=sd3_inpaint data=images data.masks=true ~metrics",
     "data=images data.size=64",
     "data=synthetic", "data=renders", "logger=[wandb,mlflow,trackio]",
     "metrics=coco5k",

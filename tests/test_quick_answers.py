@@ -60,6 +60,36 @@ WRONG = [
     ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be a finite number, 0 or"),
     ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be a finite number, 0 or"),
     ("sample", "run={here}/unet prompt=x strength=0.5", "strength=0.5: has no effect without a st"),
+    (
+        "export",
+        "run=shapes:student to=diffusers out=.",
+        "out=.: is no name of a new file or folder",
+    ),
+    ("export", "run=shapes:student to=single_file out=/", "out=/: is no name of a new file or fol"),
+    # what the files of a model say
+    ("sample", "run=shapes:unet prompt=x", "run=shapes:unet: was not distilled to few steps; add"),
+    ("sample", "run=shapes:student prompt=x guidance=4", "guidance=4: run=shapes:student was dis"),
+    ("sample", "run=shapes:student prompt=x size=62", "size=62: must be a multiple of 8 for this"),
+    (
+        "evaluate",
+        "run=shapes:unet_inpaint",
+        "fills masked parts of pictures; use metrics=",
+    ),
+    (
+        "evaluate",
+        "run=shapes:unet_edit metrics=shapes_fill",
+        "is no inpainting model; use metric",
+    ),
+    (
+        "evaluate",
+        "run=shapes:unet_inpaint metrics=shapes_fill metrics.blend=true",
+        "metrics.blend=true: an ordinary model fills by blending",
+    ),
+    (
+        "evaluate",
+        "run=shapes:unet metrics=shapes_edit",
+        "does not edit pictures; use metrics=",
+    ),
     ("synthesize", "prompts={here}/prompts.txt out=o guidance=inf", "guidance=inf: must be a fin"),
     (
         "synthesize",
@@ -126,7 +156,7 @@ WRONG = [
     (
         "run",
         "teacher=shapes_edit data=pairs data.path={here}/edits.tar data.size=64",
-        "teacher edits pictures; use metrics=shapes_edit",
+        "teacher edits pictures; use metrics=shapes_edit, or ~metrics to train without",
     ),
     (
         "run",

@@ -106,6 +106,22 @@ def test_a_size_of_one_s_own_is_the_pipeline_s(size, exported, command, tmp_path
     assert abs(pixels(path) - np.asarray(expected, dtype=int)).max() <= 1
 
 
+@pytest.mark.parametrize(("tiling", "taken"), [("false", "108.4 GB"), ("true", "12.0 GB")])
+def test_a_picture_that_no_memory_holds_is_refused(
+    tiling, taken, pipelines, command, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "distill.config.models.student_of", lambda *_: pytest.fail("weights were read")
+    )
+    monkeypatch.setattr("distill.machine.hardware.room", lambda kind: 9 * 10**9)
+    words = [f"run={pipelines('unet')}", "prompt=x", "guidance=4", "size=[40000,25088]"]
+    code, _, err = command("sample", *words, f"tiling={tiling}")
+    assert code == 1
+    what = f"a picture of 40000x25088 takes {taken} or more to decode, and 9.0 GB are free"
+    assert f"size=[40000, 25088]: {what}; make it smaller" in err
+    assert not (tmp_path / "samples").exists()
+
+
 def test_what_was_not_distilled_is_sampled_with_guidance(family, pipelines, command, tmp_path):
     run = f"run={pipelines(family)}"
     code, _, err = command("sample", EXACT, run, "prompt=x")

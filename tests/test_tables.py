@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from distill.data import source, stores
+from distill.data.cache import Cache
 from distill.data.lines import Lines
 
 TEXTS = ["a red star", 'a "blue" ring, thin', "zwei Kreise\nübereinander"]
@@ -137,7 +138,8 @@ def test_categories_of_prompts_that_tabs_separate(content, lines, labels, tmp_pa
         ('{"text": 3}\n', "jsonl", None, "its column text holds 3, which is no text; name another"),
         ('{"text": "a"}\n{oh\n', "jsonl", None, "line 2 is no JSON; repair it"),
         ("[1]\n", "jsonl", None, "line 1 is no record; write {...} on each line"),
-        ("", "csv", None, "has no column prompt, caption or text, nothing"),
+        ("", "csv", None, "has no rows; write one for each text"),
+        ("prompt\n", "csv", None, "has no rows; write one for each text"),
         (
             "prompt,id\na cat, a dog,1\n",
             "csv",
@@ -322,3 +324,18 @@ def test_columns_by_name_and_rows_without_a_picture(tmp_path):
     found, data = batches(tmp_path / "x.parquet", **options)
     assert all(caption.startswith("b ") for batch in found for caption in batch["caption"])
     assert len(data.bad) == 1
+
+
+def test_texts_that_a_table_holds_as_categories_are_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as arrow
+
+    words = arrow.array(["a star", "a ring", "a star"]).dictionary_encode()
+    pyarrow.write_table(arrow.table({"prompt": words}), tmp_path / "x.parquet")
+    assert Lines(str(tmp_path / "x.parquet")).lines == ["a star", "a ring", "a star"]
+
+
+@pytest.mark.parametrize("most", [float("nan"), float("inf"), -1, True])
+def test_what_copies_may_take_is_a_number(most):
+    with pytest.raises(ValueError, match="data.cache_gb=.*: must be a finite number of at least 0"):
+        Cache.of(None, most)

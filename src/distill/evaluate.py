@@ -31,6 +31,7 @@ from distill.config.errors import command
 from distill.config.preference import check_lora
 from distill.config.videos import refuse_videos
 from distill.core.limits import check_dtype
+from distill.evaluation import judged
 from distill.evaluation.references import pictures_in
 from distill.machine.faults import RERUN
 from distill.storage.locks import check_free, one_writer
@@ -124,6 +125,8 @@ def check(cfg: DictConfig) -> None:
         picture_keys.check_size_fits(cfg.run, cfg.metrics.get("size"), "metrics.")
         if "measures" in cfg.metrics:
             picture_keys.refuse_readers(cfg.run, "this evaluation")
+        if (family := picture_keys.family_of_run(cfg.run)) is not None:
+            judged.check_protocol(cfg.metrics, family.image)
         read_unchecked(cfg.run, "discriminator.features")
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)

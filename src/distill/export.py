@@ -124,6 +124,8 @@ def check(cfg: DictConfig) -> None:
     check_lora(cfg)
     _check_packages(cfg)
     _check_kind(cfg)
+    if cfg.out is not None and not Path(cfg.out).name:
+        raise ValueError(f"out={cfg.out}: is no name of a new file or folder; give one")
     check_free(_out(cfg), "out")
     _check_out(cfg)
     if cfg.to in PACKAGES:

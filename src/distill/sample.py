@@ -57,8 +57,9 @@ def generate(cfg: DictConfig) -> list[Path]:
     prompts = check(cfg)
     with importing("torch"):
         from distill.config import models
-        from distill.machine.hardware import device, precision
+        from distill.machine.hardware import device, precision, room
 
+    picture_keys.check_room(cfg.run, cfg.size, cfg.tiling, room(device().type))
     model = models.student_of(cfg.run, cfg.dtype, cfg.lora, cfg.lora_scale).to(device())
     chosen = precision(cfg.precision, "cpu" if model.device.type == "cpu" else "auto")
     cfg.precision = chosen.name
@@ -142,6 +143,7 @@ def check(cfg: DictConfig) -> list[str]:
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
     picture_keys.check_size_fits(cfg.run, cfg.size)
+    picture_keys.check_guidance(cfg.run, cfg.guidance, picture_keys.is_few_step(cfg.run))
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
     return prompts
@@ -177,14 +179,7 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
     options, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     check_text_alone(model, cfg)
     picture_keys.check_fills(model, cfg.run, cfg.mask)
-    if cfg.guidance is None and not distilled(model.pipeline):
-        raise ValueError(
-            f"run={cfg.run}: was not distilled to few steps; add guidance=5 steps=28 or the like"
-        )
-    if cfg.guidance is not None and distilled(model.pipeline):
-        raise ValueError(
-            f"guidance={cfg.guidance}: run={cfg.run} was distilled to work without; leave it out"
-        )
+    picture_keys.check_guidance(cfg.run, cfg.guidance, distilled(model.pipeline))
     if cfg.image:
         height, width = model.sides_of(options["shape"])
         image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)

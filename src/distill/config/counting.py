@@ -22,8 +22,7 @@ from distill.machine.hardware import best_precision, device
 from distill.teachers.families import Family, family
 from distill.teachers.loading import sizes
 from distill.teachers.loading.held import PLACES, held_in
-from distill.teachers.loading.locate import index_of
-from distill.teachers.loading.reading import home_of
+from distill.teachers.loading.locate import home_of, index_of
 from distill.teachers.network import Network
 
 FSDP2 = "distill.training.strategies.FullyShardedDataParallel"

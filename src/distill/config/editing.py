@@ -138,8 +138,10 @@ def check_judged(cfg: DictConfig) -> None:
     metrics, facts = cfg.metrics, family(str(cfg.teacher._target_))
     if facts is None:
         return
-    if protocol := source_code.attribute(str(metrics.get("_target_")), "judges"):
-        judged.check_judged(protocol, facts.image, blend=bool(metrics.get("blend")))
+    try:
+        judged.check_protocol(metrics, facts.image)
+    except ValueError as error:  # no protocol of `shapes` fits other pictures
+        raise ValueError(f"{error}, or ~metrics to train without") from None
     if facts.image and "measures" in metrics:
         what = f"they make whole pictures from captions, and this teacher {DOES[facts.image]}"
         how = "leave them out by ~metrics, or for pictures of shapes use metrics="

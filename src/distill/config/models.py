@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from distill import sampling
 from distill.config.compose import config_of, make, shipped
 from distill.machine import hardware
-from distill.teachers.loading.locate import family_of, pipeline_folder
-from distill.teachers.loading.reading import class_of, download, lineage, student_info
+from distill.teachers.loading.locate import family_of, lineage, pipeline_folder
+from distill.teachers.loading.reading import class_of, download, student_info
 from distill.teachers.loading.sizes import of_pipeline
 from distill.teachers.loading.weights import put_lora
 from distill.terminal.console import note

@@ -1,5 +1,6 @@
 """Check the pictures that a model is asked to go on from or to fill, before torch is imported."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from distill.core import limits
 from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import in_folder, sides_of
+from distill.teachers.loading.settings import Config, in_folder, sides_of
 
 READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
@@ -70,11 +71,59 @@ def check_size_fits(run: str, size: Any, key: str = "") -> None:
     """Check that the model makes pictures of this size, if its files are here. `key` is the dotted
     prefix of the setting.
     """
-    folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
-    sides = sides_of(family, in_folder(folder), f"run={run}") if family else None
+    family = family_of_run(run)
+    sides = sides_of(family, partial(_settings_of, run), f"run={run}") if family else None
     if sides and size is not None:
         plain = list(size) if isinstance(size, ListConfig) else size
         limits.check_sides(plain, None, *sides, key)
+
+
+def _settings_of(run: str, part: str) -> Config:
+    """The settings of a part, which may be in the folder of another pipeline that shares it."""
+    folder = locate.pipeline_folder(Path(shipped(run)))
+    return in_folder(Path(locate.home_of(folder, part)))(part)
+
+
+def check_guidance(run: str, guidance: float | None, few: bool | None) -> None:
+    """Check that a model of few steps is not guided, and that any other one is. `few`: whether it
+    is one, where that is known already.
+    """
+    if guidance is None and few is False:
+        what = "was not distilled to few steps; add guidance=5 steps=28 or the like"
+        raise ValueError(f"run={run}: {what}")
+    if guidance is not None and few:
+        what = f"run={run} was distilled to work without; leave it out"
+        raise ValueError(f"guidance={guidance}: {what}")
+
+
+def is_few_step(run: str) -> bool | None:
+    """Whether the model is of few steps, by its files; None where they do not say it."""
+    folder = locate.pipeline_folder(Path(shipped(run)))
+    said = (folder / locate.INDEX, folder / "scheduler" / "scheduler_config.json")
+    return locate.is_distilled(folder) if all(file.is_file() for file in said) else None
+
+
+def check_room(run: str, size: Any, tiling: bool, room: float) -> None:
+    """Check that a picture of this size can be decoded in `room` bytes."""
+    if size is None:
+        return
+    width, height = (size, size) if isinstance(size, int) else size
+    taken = width * height * _bytes_per_pixel(run, tiling)
+    if taken > room:
+        what = f"a picture of {width}x{height} takes {taken / 1e9:.1f} GB or more to decode"
+        raise ValueError(f"size={size}: {what}, and {room / 1e9:.1f} GB are free; make it smaller")
+
+
+def _bytes_per_pixel(run: str, tiling: bool) -> int:
+    """What decoding takes at least.
+
+    Ours: the picture in float32, and without tiles the input and the output of the decoder's last
+    layers, in two bytes a number. More is taken, so what passes may still not fit.
+    """
+    vae = _settings_of(run, "vae")
+    widths = vae.get("block_out_channels")
+    layers = str(vae.get("_class_name")) == "AutoencoderKL" and widths and not tiling
+    return 3 * 4 + (2 * 2 * widths[0] if layers else 0)
 
 
 def check_image(image: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -59,8 +60,9 @@ class Cache:
     @classmethod
     def of(cls, cache_dir: str | None = None, cache_gb: float = USUAL_GB) -> Cache:
         """From the keys of the configuration. Raises ValueError for a negative size."""
-        if isinstance(cache_gb, bool) or not isinstance(cache_gb, int | float) or cache_gb < 0:
-            raise ValueError(f"data.cache_gb={cache_gb}: must be a number of at least 0")
+        number = isinstance(cache_gb, int | float) and not isinstance(cache_gb, bool)
+        if not number or not 0 <= cache_gb < math.inf:
+            raise ValueError(f"data.cache_gb={cache_gb}: must be a finite number of at least 0")
         folder = Path(os.path.expanduser(cache_dir)) if cache_dir else default_folder()
         return cls(folder, int(cache_gb * GB))
 

@@ -37,6 +37,7 @@ PLURALS = ("prompts", "captions", "texts")
 CATEGORIES = ("category",)
 PICTURES = ("image", "jpg", "png", "webp", "img")
 READ = (".csv", ".tsv", ".jsonl", ".parquet")  # suffixes of tables of prompts
+TEXT = re.compile(r"(dictionary<values=)?(large_)?string\b")  # types in Parquet
 ROWS = 64  # ours: read at once, so that memory does not grow with a row group
 SIGNATURES = {  # first bytes -> suffix
     b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif",
@@ -76,6 +77,8 @@ def texts_of(
         rows = _READERS[Path(path).suffix.lower()](path, f"{key}={path}")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise unreadable(f"{key}={path}", "as a table", error) from None
+    if not rows:
+        raise ValueError(f"{key}={path}: has no rows; write one for each text")
     names = list(dict.fromkeys(name for row in rows for name in row))
     name = _column(names, column, (*TEXTS, *PLURALS), f"{key}={path}", columns_key)
     cells = [row.get(name) for row in rows]
@@ -192,7 +195,7 @@ def _of_jsonl(path: str, where: str) -> list[dict[str, Any]]:
 def _of_parquet(path: str, where: str) -> list[dict[str, Any]]:
     parquet = need_pyarrow(where)
     file = parquet.ParquetFile(path)
-    kept = [f.name for f in file.schema_arrow if str(f.type) in ("string", "large_string")]
+    kept = [field.name for field in file.schema_arrow if TEXT.match(str(field.type))]
     if not kept:
         raise ValueError(f"{where}: has no column of texts; give another file")
     return [row for part in file.iter_batches(columns=kept) for row in part.to_pylist()]

@@ -1,6 +1,10 @@
 """Which teachers each protocol of `shapes` evaluates. Nothing here imports torch."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from distill.core.limits import DOES
+from distill.storage import source_code
 
 # Protocols of teachers that read pictures, by what they read.
 OTHERS: dict[str | None, str] = {"mask": "shapes_fill", "source": "shapes_edit"}
@@ -21,6 +25,12 @@ def check_judged(protocol: str, image: str | None, *, blend: bool = False) -> No
         raise ValueError(f"metrics=shapes_edit: {what}; use metrics={other}")
     if protocol == "shapes_fill":
         _check_fills(image, blend)
+
+
+def check_protocol(metrics: Mapping[str, Any], image: str | None) -> None:
+    """The same for the protocol with these settings; nothing for one without `judges`."""
+    if protocol := source_code.attribute(str(metrics.get("_target_")), "judges"):
+        check_judged(protocol, image, blend=bool(metrics.get("blend")))
 
 
 def _check_fills(image: str | None, blend: bool) -> None:

@@ -29,7 +29,7 @@ from distill.machine.faults import first_line, quiet_logging
 from distill.sampling import EulerAncestral, FewSteps, distilled
 from distill.storage.atomic import atomic_folder
 from distill.students.parts import copy_part, copy_terms
-from distill.teachers.loading.reading import home_of, lineage
+from distill.teachers.loading.locate import home_of, lineage
 from distill.teachers.pipeline import PipelineTeacher
 from distill.terminal.progress import stage
 

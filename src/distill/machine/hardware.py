@@ -89,6 +89,11 @@ def memory_available() -> int:
     return min(available, limit - used + counts.get("inactive_file", 0))
 
 
+def room(kind: str) -> int:
+    """Bytes that work on this kind of device may take, at most: on the CPU what is free now."""
+    return memory_available() if kind == "cpu" else memory(kind)
+
+
 def _container_limit() -> int | None:
     """Bytes that this container may take; None on another system, or without a limit ("max")."""
     limit = CONTAINER / "memory.max"

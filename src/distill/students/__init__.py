@@ -14,15 +14,18 @@ from distill.storage.loaded_weights import check_all_loaded, check_finite
 from distill.students.parts import cast, copy_part, copy_terms
 from distill.teachers import schedulers
 from distill.teachers.loading.locate import (
+    BASE,
     GENERATOR,
     INDEX,
     STUDENT_INFO,
     check_part,
     denoiser_in,
     denoiser_part,
+    home_of,
     index_of,
+    lineage,
 )
-from distill.teachers.loading.reading import BASE, OURS, home_of, lineage, only_variant
+from distill.teachers.loading.reading import OURS, only_variant
 from distill.teachers.loading.settings import KINDS, check_grid, prediction_of, refuse_quantised
 from distill.teachers.loading.weights import about_weights, put_on, readable, write_weights
 from distill.teachers.network import Network

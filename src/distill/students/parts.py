@@ -18,8 +18,16 @@ from safetensors import safe_open
 from distill.storage.atomic import remove, write_atomic
 from distill.storage.bounded import check_header, mapping_of
 from distill.storage.safe_paths import is_own
-from distill.teachers.loading.locate import INDEX, STUDENT_INFO, WEIGHTS, index_of, shards_in
-from distill.teachers.loading.reading import BASE, home_of, lineage
+from distill.teachers.loading.locate import (
+    BASE,
+    INDEX,
+    STUDENT_INFO,
+    WEIGHTS,
+    home_of,
+    index_of,
+    lineage,
+    shards_in,
+)
 from distill.teachers.loading.weights import read_weights, write_weights
 from distill.terminal.progress import track
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.core.process import RectifiedFlow
 from distill.core.types import Cond
 from distill.teachers.generator import GeneratorNetwork, StyleGenerator
-from distill.teachers.loading.reading import home_of
+from distill.teachers.loading.locate import home_of
 from distill.teachers.loading.shapes_only import stored
 from distill.teachers.pipeline import PipelineTeacher
 from distill.teachers.silent_token_attention import set_silent_token_attention, token_weights

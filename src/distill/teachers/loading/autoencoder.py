@@ -13,8 +13,8 @@ from torch import nn
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.families import Family
-from distill.teachers.loading.locate import autoencoder_in
-from distill.teachers.loading.reading import download, dtype_of, home_of, read_network
+from distill.teachers.loading.locate import autoencoder_in, home_of
+from distill.teachers.loading.reading import download, dtype_of, read_network
 from distill.teachers.loading.settings import cell_of
 
 KEY = "teacher.vae"

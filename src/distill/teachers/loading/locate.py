@@ -16,6 +16,7 @@ from distill.teachers import families
 from distill.terminal.shown import shown
 
 INDEX = "model_index.json"
+BASE = "_base"  # key in a pipeline's index: a sibling folder with the parts that it lacks
 STUDENT_INFO = "_distill"  # a student's entry in the index; diffusers ignores it
 GENERATOR = ["distill.teachers.generator", "StyleGenerator"]  # the denoiser's, of a GAN
 PART = re.compile(r"[A-Za-z_]\w*", re.ASCII)
@@ -291,6 +292,34 @@ def check_kind(found: str | None, expected: str, path: str, key: str = "teacher.
 def pipeline_folder(run: Path) -> Path:
     """The student's folder of a run folder; any other folder is returned."""
     return run / "student" if (run / "student").is_dir() else run
+
+
+def lineage(folder: Path) -> list[Path]:
+    """A pipeline folder and its bases: the folders that hold the parts which it lacks.
+
+    A base is named by its folder name alone and is a sibling, so an index cannot point elsewhere.
+    """
+    folders = [folder]
+    while (folders[-1] / INDEX).is_file():
+        name = mapping_of(folders[-1] / INDEX).get(BASE)
+        if name is None:
+            break
+        base = folders[-1].parent / str(name)
+        if (
+            name in ("", "..")
+            or Path(str(name)).name != name
+            or base in folders
+            or not base.is_dir()
+        ):
+            what = f"{BASE} is {name!r}, and must be the name of another folder beside it"
+            raise ValueError(f"{folders[-1]}/{INDEX}: {what}; fetch both anew")
+        folders.append(base)
+    return folders
+
+
+def home_of(folder: Path, part: str) -> str:
+    """The folder with this part of a pipeline: itself, or the first of its bases that has it."""
+    return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
 
 
 def denoiser_part(folder: Path) -> str:

@@ -30,8 +30,10 @@ from distill.teachers.loading.locate import (
     STUDENT_INFO,
     check_kind,
     check_part,
+    home_of,
     index_of,
     is_hub_id,
+    lineage,
     no_folder,
     no_model,
 )
@@ -47,7 +49,6 @@ HUB = {  # an error of the hub, specific ones first -> its meaning
 }
 VARIANT = re.compile(r"^[^.]+\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$")  # of a file name
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-BASE = "_base"  # key in a pipeline's index: a sibling folder with the parts that it lacks
 
 
 @quiet_logging()
@@ -135,34 +136,6 @@ def check_parts_exist(
 def configurations(path: str) -> Callable[[str], Any]:
     """Part -> configuration, from a pipeline folder or from its bases."""
     return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
-
-
-def lineage(folder: Path) -> list[Path]:
-    """A pipeline folder and its bases: the folders that hold the parts which it lacks.
-
-    A base is named by its folder name alone and is a sibling, so an index cannot point elsewhere.
-    """
-    folders = [folder]
-    while (folders[-1] / "model_index.json").is_file():
-        name = mapping_of(folders[-1] / "model_index.json").get(BASE)
-        if name is None:
-            break
-        base = folders[-1].parent / str(name)
-        if (
-            name in ("", "..")
-            or Path(str(name)).name != name
-            or base in folders
-            or not base.is_dir()
-        ):
-            what = f"{BASE} is {name!r}, and must be the name of another folder beside it"
-            raise ValueError(f"{folders[-1]}/model_index.json: {what}; fetch both anew")
-        folders.append(base)
-    return folders
-
-
-def home_of(folder: Path, part: str) -> str:
-    """The folder with this part of a pipeline: itself, or the first of its bases that has it."""
-    return str(next((home for home in lineage(folder) if (home / part).is_dir()), folder))
 
 
 def dtype_of(name: str) -> torch.dtype:

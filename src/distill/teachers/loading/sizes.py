@@ -12,8 +12,7 @@ from distill.core.limits import AT_ONCE, FRAMES, at_once
 from distill.machine.memory import peak
 from distill.storage.bounded import check_header, mapping_of
 from distill.teachers.loading import settings
-from distill.teachers.loading.locate import index_of
-from distill.teachers.loading.reading import home_of
+from distill.teachers.loading.locate import home_of, index_of
 from distill.teachers.loading.shapes_only import without_weights
 from distill.terminal.shown import shown
 

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from distill.storage.atomic import atomic_folder, write_atomic
 from distill.students import denoiser_part
-from distill.teachers.loading.reading import BASE, home_of
+from distill.teachers.loading.locate import BASE, home_of
 
 SCHEDULE = {  # Stable Diffusion's
     **{
