@@ -888,7 +888,7 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
 
     monkeypatch.setattr("distill.config.models.student_of", broken)
     with pytest.raises(TypeError, match="ours"):
-        command("sample", f"run={pipelines('mmdit')}", "prompt=x")
+        command("sample", f"run={pipelines('mmdit')}", "prompt=x", "guidance=4")
 
 
 # -- parts and names that only a run knows ---------------------------------------------------------

@@ -347,16 +347,16 @@ def test_shapes_are_evaluated_at_other_sizes(command, pipelines, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("run", "words", "said"),
     [
-        (["metrics=shapes", "metrics.size=[32,96]"], "the largest object needs 40 pixels"),
-        (["metrics=shapes", "metrics.size=[63,96]"], "must be multiples of 4 for this"),
-        (["metrics=shapes_fill", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
-        (["metrics=shapes_edit", "metrics.size=96"], "has pictures of 64 pixels a side alone"),
+        ("unet", ["metrics=shapes", "metrics.size=[32,96]"], "largest object needs 40 pixels"),
+        ("unet", ["metrics=shapes", "metrics.size=[63,96]"], "must be multiples of 4 for this"),
+        ("unet_inpaint", ["metrics=shapes_fill", "metrics.size=96"], "of 64 pixels a side alone"),
+        ("unet_edit", ["metrics=shapes_edit", "metrics.size=96"], "of 64 pixels a side alone"),
     ],
 )
-def test_sizes_that_cannot_be_judged_are_refused(words, said, command, pipelines, tmp_path):
-    asked = ["evaluate", f"run={pipelines('unet')}", "steps=1", f"out={tmp_path / 'out'}", *words]
+def test_sizes_that_cannot_be_judged_are_refused(run, words, said, command, tmp_path):
+    asked = ["evaluate", f"run=shapes:{run}", "steps=1", f"out={tmp_path / 'out'}", *words]
     code, _, err = command(*asked)
     assert code == 1
     assert err.splitlines()[-1].startswith("distill: metrics.size=")

@@ -132,6 +132,18 @@ WRONG = [
     ),
     (
         "run",
+        "experiment=inpaint_shapes method=nitrofusion method.pairs_weight=0.5",
+        (
+            "method.pairs_weight=0.5: a regression needs the noise that each sample was made from,"
+            " and these data do not have it; use data=synthetic, or latents by their seeds with"
+            " data.seeded=true, or make it 0"
+        ),
+    ),
+    ("run", "method=dmd2 data=renders method.regression_weight=1", "regression_weight=1: a regr"),
+    ("run", "method=regression data=renders", "method: a regression needs the noise that each"),
+    ("run", "method=nitrofusion teacher=shapes_unet data.seeded=false", "method.pairs_weight=1.0:"),
+    (
+        "run",
         "experiment=inpaint_shapes method.distill.image_guidance=2",
         "method.distill.image_guidance=2: is for a teacher that edits, and a StableDiffusionInp",
     ),

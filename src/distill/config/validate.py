@@ -19,6 +19,7 @@ from distill.config.generator import check_generator, refuse_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
 from distill.config.picture_units import IMAGES, check_fit, check_made
+from distill.config.noise_pairs import check_noise
 from distill.config.preference import (
     PREFERENCES,
     PROMPTS,
@@ -88,6 +89,7 @@ def check_run(cfg: DictConfig) -> None:
     check_preference(cfg)
     check_batches(cfg)
     check_start(cfg)
+    check_noise(cfg)
     check_data(cfg.data)
     check_captions_alone(cfg)
     check_fit(cfg.data, cfg.teacher)
