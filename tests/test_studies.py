@@ -129,6 +129,68 @@ def test_the_ratings_of_the_proxy_user_study_are_those_of_its_file():
     assert won["LADD, 1 step"][2] < 0.5
 
 
+def numbers_of(text):
+    return [float(found.replace(",", "")) for found in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+
+
+def made_part(folder, name):
+    """The rows of a table that `measured.py` wrote into a page, by its heads."""
+    page = (ROOT / "experiments" / folder / "README.md").read_text(encoding="utf-8")
+    between = page.split(f"<!-- made by experiments/measured.py: {name} -->", 1)[1]
+    heads, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in between.split("<!-- end -->", 1)[0].strip().splitlines()
+    ]
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def test_the_table_of_guidance_is_that_of_its_file():
+    with (ROOT / "experiments" / "edit_shapes" / "guidance.csv").open() as file:
+        measured = list(csv.DictReader(file))
+    rows = made_part("edit_shapes", "guidance")
+    assert len(rows) == 12
+    units = {"followed": (100, 0.5), "right": (100, 0.5), "change": (1, 0.005), "Fréchet": (1, 0.5)}
+    for row in rows:
+        scales = numbers_of(row["guidance by instruction, by source"])
+        name, steps = row["model"].split(",")[0], numbers_of(row["model"])[0]
+        found = [
+            one for one in measured
+            if (one["model"], int(one["steps"])) == (name, steps)
+            and [float(one["guidance"]), float(one["image_guidance"])] == scales
+        ]  # fmt: skip
+        assert len(found) == (1 if name == "teacher" else 3)
+        for head, (unit, half) in units.items():
+            key = {"right": "edited", "Fréchet": "frechet"}.get(head, head)
+            values = [float(one[key]) * unit for one in found]
+            expected = [statistics.fmean(values)]
+            expected += [statistics.stdev(values)] if len(values) > 1 else []
+            assert numbers_of(row[head]) == pytest.approx(expected, abs=half * 1.001)
+
+
+def test_the_table_of_preference_is_that_of_its_file():
+    with (ROOT / "experiments" / "preference_shapes" / "win_rates.csv").open() as file:
+        measured = list(csv.DictReader(file))
+    rows = made_part("preference_shapes", "win_rates")
+    assert [row["model"] for row in rows] == [one["model"] for one in measured]
+    keys = {
+        "won over plain": (("won", "low", "high"), 100, 0.05),
+        "won over itself": (("own", "own_low", "own_high"), 100, 0.05),
+        "measure": (("measure",), 1, 0.0005),
+        "prompt accuracy": (("prompt_accuracy",), 1, 0.0005),
+        "Fréchet distance": (("frechet",), 1, 0.5),
+    }
+    for row, one in zip(rows, measured, strict=True):
+        assert float(row["LoRA"] or 0) == float(one["lora_scale"])
+        assert row["steps"] == one["steps"]
+        for head, (columns, unit, half) in keys.items():
+            shown = numbers_of(row[head])
+            expected = [float(one[column]) * unit for column in columns]
+            if not shown:  # against itself there is nothing to win
+                assert expected == [50.0] * 3
+                continue
+            assert shown == pytest.approx(expected, abs=half * 1.001)
+
+
 @names(STUDIES)
 def test_every_number_of_a_made_table_is_in_the_file_beside_it(folder):
     checked = check_numbers(folder)

@@ -16,10 +16,10 @@ from distill.config.compose import check_counts, check_run_dir_free, nearest, sh
 from distill.config.draws import check_draws
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
+from distill.config.noise_pairs import check_noise
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
 from distill.config.picture_units import IMAGES, check_fit, check_made
-from distill.config.noise_pairs import check_noise
 from distill.config.preference import (
     PREFERENCES,
     PROMPTS,
