@@ -58,6 +58,16 @@ def test_the_share_is_that_of_what_is_written():
     assert 0.3 < share < 0.99
 
 
+def test_a_rank_above_every_layers_is_that_of_the_highest():
+    """More would fill memory and the file with zeros."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(2, 16, 3))
+    base = nn.Sequential(nn.Linear(8, 6), nn.Conv2d(2, 16, 3))
+    factors, share = difference(student, base, 10**9)
+    assert {factors[name].shape[0] for name in factors if "lora_A" in name} == {16}
+    assert share == pytest.approx(difference(student, base, 16)[1])
+
+
 def said(file):
     with safe_open(file, "pt") as opened:
         return opened.metadata()
