@@ -65,6 +65,13 @@ def test_the_same_protocol_takes_the_new_rows_and_keeps_the_others():
     assert entry["picture"] == "comparison.png"
 
 
+def test_rows_that_come_later_stand_in_the_order_of_their_steps():
+    file, _ = add_result({}, verdict(OWN, teacher_28=1.0, student_1=2.0, student_4=3.0), "a")
+    after, _ = add_result(file, verdict(OWN, student_2=2.5, teacher_4=4.0), "a")
+    found = [(row["who"], row["steps"]) for row in after["rows"]]
+    assert found == [("teacher", 4), ("teacher", 28), *(("student", n) for n in (1, 2, 4))]
+
+
 def test_outcomes_of_single_prompts_are_merged_by_measure():
     old = verdict(OWN, student_1=2.0)
     old["rows"][0]["outcomes"] = packed({"frechet": [1.0, 3.0], "fid": [2.0, 2.0]})

@@ -125,7 +125,9 @@ def add_result(
 
 
 def _merged(old: Result, new: Result) -> Result:
-    """The rows of both results; a new row replaces an old one of the same sampler and steps."""
+    """The rows of both results, the teacher's first, then by steps; a new row replaces an old one
+    of the same sampler and steps.
+    """
     rows = {(row["who"], row["steps"]): row for row in old["rows"]}
     for row in new["rows"]:
         name = (row["who"], row["steps"])
@@ -133,7 +135,7 @@ def _merged(old: Result, new: Result) -> Result:
         rows[name] = {**before, **row}
         if outcomes := {**before.get(OUTCOMES, {}), **row.get(OUTCOMES, {})}:
             rows[name][OUTCOMES] = outcomes
-    ordered = sorted(rows.values(), key=lambda row: row["who"] == "student")
+    ordered = sorted(rows.values(), key=lambda row: (row["who"] == "student", row["steps"]))
     protocol = {**old["protocol"], **new["protocol"]}
     return {"protocol": protocol, "rows": ordered, "picture": old["picture"]}
 
