@@ -140,6 +140,7 @@ WRONG = [
         ),
     ),
     ("run", "method=dmd2 data=renders method.regression_weight=1", "regression_weight=1: a regr"),
+    ("run", "student=lora student.targets=[]", "student.targets=[]: names no layer, so nothing"),
     ("run", "method=regression data=renders", "method: a regression needs the noise that each"),
     ("run", "method=nitrofusion teacher=shapes_unet data.seeded=false", "method.pairs_weight=1.0:"),
     (

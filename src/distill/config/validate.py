@@ -277,7 +277,8 @@ def check_teacher(teacher: DictConfig) -> None:
 
 
 def check_student(student: DictConfig) -> None:
-    """Check that the initial weights exist."""
+    """Check that the initial weights exist, and that something is trained."""
+    limits.check_adapted(student.get("targets"))
     init = student.get("init")
     if student.get("_target_") == "distill.students.full" and init not in ("teacher", "random"):
         locate.denoiser_in(shipped(str(init)), "student.init", "must be teacher, random, or")

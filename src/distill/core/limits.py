@@ -93,6 +93,13 @@ def check_score_teacher(method: str, takes: bool) -> None:
         raise ValueError(f"score_teacher: {what}")
 
 
+def check_adapted(targets: Sequence[str] | None) -> None:
+    """Raise ValueError for a LoRA of no layer; None: the family's layers."""
+    if targets is not None and not targets:
+        what = "names no layer, so nothing would be trained"
+        raise ValueError(f"student.targets=[]: {what}; name some, or leave it out")
+
+
 def check_falling(levels: Sequence[float], key: str) -> None:
     """Raise ValueError, naming `key`, for levels of sampling steps that do not fall from 1 to above
     0.

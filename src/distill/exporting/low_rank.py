@@ -89,9 +89,9 @@ def difference(student: nn.Module, base: nn.Module, rank: int) -> tuple[dict[str
     """The best approximation of student minus base by factors of this rank, layer by layer.
 
     Also returns its share of the squared difference, in [0, 1]. Only linear layers and convolutions
-    have factors. All get the same rank, padded with zeros: readers expect one rank for all. It is at
-    most the highest that a layer can have, since more would be zeros alone. Raises ValueError for
-    networks of different shapes.
+    have factors. All get the same rank, padded with zeros: readers expect one rank for all. It is
+    at most the highest that a layer can have, since more would be zeros alone. Raises ValueError
+    for networks of different shapes.
     """
     ours, theirs = states(student, base)
     found, error, rest, total = {}, 0.0, 0.0, 0.0

@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from distill.core.limits import check_adapted
 from distill.machine.faults import first_line
 from distill.students import shifted
 from distill.teachers.network import Context, Network
@@ -50,11 +51,9 @@ def lora(
         raise ValueError(
             f"student.rank={rank} student.init={init}: a rank from 1, and {' or '.join(INITS)}"
         )
+    check_adapted(targets)
     network = teacher.network
     names = list(network.targets if targets is None else targets)
-    if not names:
-        what = "names no layer, so nothing would be trained"
-        raise ValueError(f"student.targets=[]: {what}; name some, or leave it out")
     scale = {"r": rank, "lora_alpha": rank if alpha is None else alpha}
     try:
         _adapt(
