@@ -563,6 +563,8 @@ WRONG = [
     ("run", "teacher.path={here}", "not a diffusers pipeline folder (it has no model_index.json)"),
     ("run", "teacher.path={here}/unet", "holds a StableDiffusionPipeline, but this teacher reads"),
     ("run", "++teacher.weights=nope.safetensors", "teacher.weights=nope.safetensors: no such file"),
+    ("run", "method=LADD", "method=LADD: no such option (did you mean ladd?)"),
+    ("sample", "run=shapes:studen prompt=x", "shapes:studen: nothing of this name is shipped (did"),
     ("run", "data.path=nope", "data.path=nope: no such file or folder; check the path"),
     ("run", "data=images data.path={here}/made", "has neither .tar shards nor images"),
     ("run", "data=prompts data.path=nope.txt", "data.path=nope.txt: no such file; check"),

@@ -39,6 +39,7 @@ from distill.training import run_folders as folders
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 # a path `shapes:name` means the model or shards of this name inside the package
+UNREAD = ("README.md", "curves")  # beside the shipped models and latents
 PAPER = "paper"  # the option of `recipe` and `heads` that sets nothing
 _loader: ContextVar[ConfigLoader | None] = ContextVar("loader", default=None)
 
@@ -159,9 +160,10 @@ def check_counts(cfg: DictConfig, counts: Mapping[str, int]) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean ...?)` with the closest of the known names, or ""."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """` (did you mean ...?)` with the closest of the known names, whatever their case, or ""."""
+    names = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" (did you mean {names[close[0]]}?)" if close else ""
 
 
 def shipped(path: str) -> str:
@@ -175,10 +177,9 @@ def shipped(path: str) -> str:
         return path
     folder = Path(distill.worlds.shapes.__file__).parent / "models" / path.removeprefix(SHIPPED)
     if not folder.exists():
-        known = sorted(p.name for p in folder.parent.glob("*"))
-        raise FileNotFoundError(
-            f"{path}: nothing of this name is shipped; there is {', '.join(known)}"
-        )
+        known = sorted(SHIPPED + p.name for p in folder.parent.glob("*") if p.name not in UNREAD)
+        what = f"nothing of this name is shipped{nearest(path, known)}"
+        raise FileNotFoundError(f"{path}: {what}; there is {', '.join(known)}")
     return str(folder)
 
 
