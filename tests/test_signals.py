@@ -126,10 +126,10 @@ def test_a_signal_at_any_moment_of_starting_up_is_heard(tmp_path):
         after = chance.uniform(0.005, 0.9 * min(whole))
         ends.append((after, *told(tmp_path, "run", words, "", signal.SIGTERM, after=after)))
     stops = [end for end in ends if end[1] != 1]  # 1: it had ended before
-    assert len(stops) > 20
+    assert len(stops) > 10
     stopped = "distill: stopped by SIGTERM\n"
     refused = "distill: data.path=nope: no such file or folder; check the path\n"
     assert {end[1] for end in stops} == {143}
     assert {end[2] for end in stops} <= {stopped, refused + stopped}  # refused, then interrupted
-    assert sum(end[2] == stopped for end in stops) > 15
+    assert sum(end[2] == stopped for end in stops) > 8
     assert all("Traceback" not in said for _, _, said in ends)
