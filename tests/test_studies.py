@@ -145,7 +145,7 @@ def made_part(folder, name):
 
 
 def test_the_table_of_guidance_is_that_of_its_file():
-    with (ROOT / "experiments" / "edit_shapes" / "guidance.csv").open() as file:
+    with (ROOT / "experiments" / "edit_shapes" / "guidance.csv").open(encoding="utf-8") as file:
         measured = list(csv.DictReader(file))
     rows = made_part("edit_shapes", "guidance")
     assert len(rows) == 12
@@ -168,7 +168,9 @@ def test_the_table_of_guidance_is_that_of_its_file():
 
 
 def test_the_table_of_preference_is_that_of_its_file():
-    with (ROOT / "experiments" / "preference_shapes" / "win_rates.csv").open() as file:
+    with (ROOT / "experiments" / "preference_shapes" / "win_rates.csv").open(
+        encoding="utf-8"
+    ) as file:
         measured = list(csv.DictReader(file))
     rows = made_part("preference_shapes", "win_rates")
     assert [row["model"] for row in rows] == [one["model"] for one in measured]
