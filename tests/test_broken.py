@@ -64,7 +64,7 @@ def test_every_command_says_which_network_is_broken(name, pipelines, command, tm
     given, key = {
         "cache": ([teacher, "data.path=photos", "data.size=64"], "teacher.path"),
         "synthesize": ([teacher, "prompts=prompts.txt"], "teacher.path"),
-        "sample": ([f"run={model}", "prompt=a star"], "run"),
+        "sample": ([f"run={model}", "prompt=a star", "guidance=4"], "run"),
         "evaluate": ([f"run={model}", "steps=1"], "run"),
     }[name]
     code, out, err = command(name, *given, "out=made")

@@ -460,7 +460,7 @@ def test_a_hostile_model_folder_is_refused_before_it_is_built(
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
     text = json.dumps(said) if said is not None else "[" * 100_000
     (folder / "transformer" / name).write_text(text, encoding="utf-8")
-    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    code, _, err = command("sample", f"run={folder}", "prompt=x", "guidance=4")
     assert code == 1
     said = [line for line in err.splitlines() if line.startswith("distill: ")]
     assert len(said) == 1
@@ -472,7 +472,10 @@ def test_a_hostile_model_folder_is_refused_before_it_is_built(
 def test_a_hostile_index_of_a_pipeline_is_refused_in_a_sentence(text, command, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text(text, encoding="utf-8")
-    for words in (["sample", "run=model", "prompt=x"], ["export", "run=model", "to=diffusers"]):
+    for words in (
+        ["sample", "run=model", "prompt=x", "guidance=4"],
+        ["export", "run=model", "to=diffusers"],
+    ):
         code, _, err = command(*words)
         assert (code, err.count("\n")) == (1, 1)
         assert "model_index.json" in err
@@ -524,7 +527,7 @@ def test_numbers_of_a_model_that_are_none_are_said_in_a_sentence(
     name = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
     said = json.loads((folder / part / name).read_text(encoding="utf-8"))
     (folder / part / name).write_text(json.dumps(said | {key: value}), encoding="utf-8")
-    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    code, _, err = command("sample", f"run={folder}", "prompt=x", "guidance=4")
     assert code == 1
     assert "Traceback" not in err
     (line,) = [line for line in err.splitlines() if line.startswith("distill: ")]
@@ -567,7 +570,7 @@ def test_adapters_above_the_parts_name_no_other_model(command, pipelines, tmp_pa
     folder = shutil.copytree(pipelines("mmdit"), tmp_path / "copy")
     said = json.dumps({"base_model_name_or_path": "evil/x"})
     (folder / "adapter_config.json").write_text(said, encoding="utf-8")
-    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    code, _, err = command("sample", f"run={folder}", "prompt=x", "guidance=4")
     assert code == 1
     assert "base_model_name_or_path=evil/x names another model" in err
 
