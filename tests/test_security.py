@@ -268,7 +268,7 @@ def test_a_model_index_cannot_name_other_libraries(command, pipelines, tmp_path)
     (folder / "model_index.json").write_text(
         json.dumps(index | {"tokenizer": ["evil", "Tokenizer"]}), encoding="utf-8"
     )
-    code, _, err = command("sample", f"run={folder}", "prompt=x")
+    code, _, err = command("sample", f"run={folder}", "prompt=x", "guidance=4")
     assert code == 1
     assert "tokenizer is code of 'evil', which this teacher does not read" in err
     assert not (tmp_path / "owned").exists()
