@@ -82,7 +82,7 @@ def fit_to_own_data(cfg: DictConfig) -> None:
         typed = _typed_overrides(f"data.{key}=", f"data.{key}.")
         of_another = key in known if own else value is None
         if of_another and key not in taken.keys and not typed:
-            cfg.data.pop(key)
+            del cfg.data[key]  # also a key without a value
     OmegaConf.set_struct(cfg, True)
 
 

@@ -194,7 +194,8 @@ def alarm(accuracy: float, real: float, fake: float, r1: bool = True) -> str | N
 
 
 class Samples(L.Callback):
-    """One-step pictures of the EMA student for fixed prompts, every `every` steps.
+    """One-step pictures of the EMA student for fixed prompts, every `every` steps. They have the
+    teacher's size; of one that edits or fills, that of the first picture of the data.
 
     They are generated in batches of `limits.at_once`, in the precision of the run. Data with cached
     embeddings need no text encoder. Pictures with values that are not finite are not written.
@@ -223,8 +224,7 @@ class Samples(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Distillation) -> None:
         self.folder = Path(trainer.default_root_dir) / "samples"
-        height, width = pl_module.teacher.sides_of(pl_module.teacher.latent_shape)
-        self.sides = (height, width * getattr(pl_module.teacher, "frames", 1))
+        self._set_shape(pl_module.teacher, pl_module.teacher.latent_shape)
         if not self.prompts:
             self._prompts_from_data(trainer.train_dataloader.dataset, pl_module.teacher)
         if pl_module.teacher.image_channels:
@@ -258,15 +258,27 @@ class Samples(L.Callback):
         """Take what the teacher reads beside a sample from as many pictures of the data, and their
         masks from the places of the order that they would have as the first ones.
         """
-        items = loader.dataset.some(len(self.prompts))
-        self.prompts = self.prompts[: len(items)]
-        pictures = [name for name in ("pixels", "source", "image") if name in items[0]]
-        batch = {n: torch.stack([item[n] for item in items]).to(teacher.device) for n in pictures}
+        found = loader.dataset.some(len(self.prompts))
+        pictures = [name for name in ("pixels", "source", "image") if name in found[0]]
+        of_size = found[0][pictures[0]].shape  # of several buckets, the first sample's
+        places = [i for i, item in enumerate(found) if item[pictures[0]].shape == of_size]
+        batch = {
+            name: torch.stack([found[i][name] for i in places]).to(teacher.device)
+            for name in pictures
+        }
         if loader.masks is not None:
-            drawn = loader.masks(0, range(len(items)), batch["pixels"].shape[-2:])
+            drawn = loader.masks(0, places, batch["pixels"].shape[-2:])
             batch[FILL] = drawn.to(teacher.device)
-        cond = self._cond or teacher.embed(self.prompts)
-        self._cond = replace(cond.index(slice(len(items))), image=teacher.image_of(batch)).to("cpu")
+        cond = (self._cond or teacher.embed(self.prompts)).index(torch.tensor(places))
+        self.prompts = [self.prompts[i] for i in places]
+        self._cond = replace(cond, image=teacher.image_of(batch)).to("cpu")
+        self._set_shape(teacher, (*teacher.latent_shape[:-2], *self._cond.image.shape[-2:]))
+
+    def _set_shape(self, teacher: Any, shape: Sequence[int]) -> None:
+        """The shape of the latents of one picture, and its sides."""
+        height, width = teacher.sides_of(shape)
+        self.shape = tuple(shape)
+        self.sides = (height, width * getattr(teacher, "frames", 1))
 
     @torch.no_grad()
     def _write_pictures(self, trainer: L.Trainer, pl_module: Distillation) -> str | None:
@@ -311,7 +323,7 @@ class Samples(L.Callback):
         cond = self._cond.index(indices).to(teacher.device)
         many = pl_module.many_steps
         sampler = Guided() if many else Consistency()
-        how = {"shape": teacher.latent_shape, "steps": TEACHER_STEPS if many else 1}
+        how = {"shape": self.shape, "steps": TEACHER_STEPS if many else 1}
         with autocast(str(trainer.precision), teacher.device.type):
             return sampler(pl_module.student, cond, seeded(indices.tolist()), **how)
 
