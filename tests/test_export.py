@@ -470,13 +470,10 @@ def test_dtype_halves_a_file(run_of, command, tmp_path):
     )
     assert (folder / "lora.safetensors").read_bytes() == before
     for dtype in ("float16", "float32"):
-        assert (
-            command(
-                "export", f"run={folder}", "to=lora", f"dtype={dtype}", f"out={tmp_path / dtype}"
-            )[0]
-            == 0
-        )
-        assert {v.dtype for v in load_file(tmp_path / dtype).values()} == {getattr(torch, dtype)}
+        out = tmp_path / f"{dtype}.safetensors"
+        words = ["export", f"run={folder}", "to=lora", f"dtype={dtype}", f"out={out}"]
+        assert command(*words)[0] == 0
+        assert {v.dtype for v in load_file(out).values()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize(

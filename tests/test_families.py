@@ -598,7 +598,10 @@ def test_sides_that_a_family_cannot_read_are_refused_before_its_weights(
         (
             "flux",
             8,
-            "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: teacher.size=32",
+            (
+                "the data are of 32 x 32 pixels and this teacher is of 64 x 64, .*: "
+                r"\+\+teacher.size=32"
+            ),
         ),
         (
             "sana",

@@ -67,6 +67,12 @@ WRONG = [
     ),
     ("export", "run=shapes:student to=single_file out=/", "out=/: is no name of a new file or fol"),
     # what the files of a model say
+    ("export", "run=shapes:student to=single_file out=st", "name it st.safetensors"),
+    (
+        "sample",
+        "run=shapes:unet_inpaint prompt=x image={here}/picture.png mask=3",
+        "mask=3: ",
+    ),
     ("sample", "run=shapes:unet prompt=x", "run=shapes:unet: was not distilled to few steps; add"),
     ("sample", "run=shapes:student prompt=x guidance=4", "guidance=4: run=shapes:student was dis"),
     ("sample", "run=shapes:student prompt=x size=62", "size=62: must be a multiple of 8 for this"),
@@ -107,8 +113,8 @@ WRONG = [
         "teacher=shapes_inpaint",
         (
             "data: a StableDiffusionInpaintPipeline fills masked parts of pictures, and these data"
-            " have no masks; use experiment=inpaint_shapes, which has data of shapes, or use"
-            " data=images data.masks=true data.path=<folder>"
+            " have no masks; use experiment=inpaint_shapes without data=, which has data of shapes,"
+            " or use data=images data.masks=true data.path=<folder>"
         ),
     ),
     ("run", "data=renders data.masks=true", "data.masks=True: are for an inpainting model, and a "),
@@ -153,8 +159,8 @@ WRONG = [
         "teacher=shapes_edit",
         (
             "data: a StableDiffusionInstructPix2PixPipeline edits pictures, and these data have no"
-            " source pictures (they are shapes:latents); use experiment=edit_shapes, which has data"
-            " of shapes, or give edit pairs by data=pairs data.path=<shards>"
+            " source pictures (they are shapes:latents); use experiment=edit_shapes without"
+            " data=, which has data of shapes, or give edit pairs by data=pairs data.path=<shards>"
         ),
     ),
     (

@@ -128,6 +128,9 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"out={cfg.out}: is no name of a new file or folder; give one")
     check_free(_out(cfg), "out")
     _check_out(cfg)
+    if cfg.out is not None and cfg.to in OF_A_FILE and not str(cfg.out).endswith(ENDING):
+        what = f"to={cfg.to} writes a file that is read by its ending; name it {cfg.out}{ENDING}"
+        raise ValueError(f"out={cfg.out}: {what}")
     if cfg.to in PACKAGES:
         check_distilled(pipeline_folder(Path(shipped(cfg.run))), f"to={cfg.to}: run={cfg.run}")
 
@@ -357,6 +360,8 @@ def _hub(cfg: DictConfig, run: Path, out: Path) -> str:
 
 
 WITH_LORA = "_with_lora"  # in names of what a LoRA was added to
+ENDING = ".safetensors"
+OF_A_FILE = ("lora", "delta", "single_file")  # forms that write one file of weights
 FORMS = {
     "diffusers": _diffusers,
     "lora": _lora,

@@ -29,7 +29,7 @@ LITERALS = {"method.negative"}
 # Names and paths: `null` is no text, `~` is the home folder, and `${...}` refers to a key or a
 # variable.
 TEXTS = {
-    "base", "callbacks.samples.prompts", "delta", "image", "lora", "metric",
+    "base", "callbacks.samples.prompts", "delta", "image", "lora", "mask", "metric",
     "metrics.reference", "name", "out", "parts", "prompts", "repo", "resume", "run", "run_dir",
     "runs", "score_teacher.vae", "score_teacher.weights", "student.init", "teacher.vae",
     "teacher.weights",

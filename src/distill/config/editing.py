@@ -24,7 +24,7 @@ UNGUIDED = "a {} is not guided by its source picture"
 WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
 GIVE_PAIRS = "give edit pairs by data=pairs data.path=<shards>"
 GIVE_MASKED = "use data=images data.masks=true data.path=<folder>"
-OF_SHAPES = "use experiment={}, which has data of shapes, or "
+OF_SHAPES = "use experiment={} without data=, which has data of shapes, or "
 GUIDANCES = ("method.distill", "method.real", "metrics")  # nodes with `image_guidance`
 
 

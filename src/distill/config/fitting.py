@@ -110,7 +110,9 @@ def warn_size(data: Any, teacher: Any) -> None:
         return
     height, width = sizes[0]
     square = height == width and "size" in inspect.signature(type(teacher)).parameters
-    hint = f"teacher.size={width} makes both the same" if square else "make data of that size"
+    hint = f"++teacher.size={width} makes both the same" if square else "make data of that size"
     size_of_teacher = f"{of_teacher[1]} x {of_teacher[0]}"
     what = f"the data are of {width} x {height} pixels and this teacher is of {size_of_teacher}"
-    log.warning("%s, which samples, evaluation and the student's pipeline use: %s", what, hint)
+    # Sample pictures of a model that edits or fills are of the data's pictures.
+    users = "evaluation" if teacher.image else "samples, evaluation"
+    log.warning("%s, which %s and the student's pipeline use: %s", what, users, hint)

@@ -17,7 +17,7 @@ from distill.storage.bounded import mapping_of
 
 # Last parts of keys whose paths are read.
 READ = {"path", "weights", "vae", "config", "init", "pretrained", "processor", "reference"}
-READ |= {"prompts", "image", "base", "parts", "lora"}
+READ |= {"prompts", "image", "mask", "base", "parts", "lora"}
 WRITTEN = {
     "cache_dir",
     "dirpath",

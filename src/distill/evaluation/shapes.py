@@ -104,7 +104,7 @@ class Shapes:
         key = f"metrics.size={self.size}"
         if not self.any_size:
             what = f"this protocol has pictures of {SIDE} pixels a side alone"
-            raise ValueError(f"{key}: {what}; leave it out, or use metrics=shapes")
+            raise ValueError(f"{key}: {what}; leave it out")
         teacher.shape_of(self.size, "metrics.size")
         size = sides(self.size)
         if min(size) < LEAST:
