@@ -1,6 +1,5 @@
 """Check the pictures that a model is asked to go on from or to fill, before torch is imported."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from distill.core import limits
 from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import Config, in_folder, sides_of
+from distill.teachers.loading.settings import configurations, sides_of
 
 READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
@@ -71,17 +70,11 @@ def check_size_fits(run: str, size: Any, key: str = "") -> None:
     """Check that the model makes pictures of this size, if its files are here. `key` is the dotted
     prefix of the setting.
     """
-    family = family_of_run(run)
-    sides = sides_of(family, partial(_settings_of, run), f"run={run}") if family else None
+    folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
+    sides = sides_of(family, configurations(folder), f"run={run}") if family else None
     if sides and size is not None:
         plain = list(size) if isinstance(size, ListConfig) else size
         limits.check_sides(plain, None, *sides, key)
-
-
-def _settings_of(run: str, part: str) -> Config:
-    """The settings of a part, which may be in the folder of another pipeline that shares it."""
-    folder = locate.pipeline_folder(Path(shipped(run)))
-    return in_folder(Path(locate.home_of(folder, part)))(part)
 
 
 def check_guidance(run: str, guidance: float | None, few: bool | None) -> None:
@@ -120,7 +113,7 @@ def _bytes_per_pixel(run: str, tiling: bool) -> int:
     Ours: the picture in float32, and without tiles the input and the output of the decoder's last
     layers, in two bytes a number. More is taken, so what passes may still not fit.
     """
-    vae = _settings_of(run, "vae")
+    vae = configurations(locate.pipeline_folder(Path(shipped(run))))("vae")
     widths = vae.get("block_out_channels")
     layers = str(vae.get("_class_name")) == "AutoencoderKL" and widths and not tiling
     return 3 * 4 + (2 * 2 * widths[0] if layers else 0)

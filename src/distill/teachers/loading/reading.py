@@ -37,7 +37,12 @@ from distill.teachers.loading.locate import (
     no_folder,
     no_model,
 )
-from distill.teachers.loading.settings import check_settings, in_folder, lacking, refuse_quantised
+from distill.teachers.loading.settings import (
+    check_settings,
+    configurations,
+    lacking,
+    refuse_quantised,
+)
 from distill.teachers.loading.shapes_only import without_weights
 
 OURS = "distill.teachers.schedulers"  # module of these schedulers
@@ -131,11 +136,6 @@ def check_parts_exist(
         if network:
             said = mapping_of(place / "config.json")
             refuse_quantised(said, f"teacher.path={path}: its {name}/")
-
-
-def configurations(path: str) -> Callable[[str], Any]:
-    """Part -> configuration, from a pipeline folder or from its bases."""
-    return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from distill.storage.bounded import mapping_of
 from distill.teachers.families import Family
+from distill.teachers.loading.locate import home_of
 from distill.terminal.shown import shown
 
 Config = Mapping[str, Any]
@@ -107,6 +108,11 @@ def in_folder(folder: Path) -> Callable[[str], Config]:
         return mapping_of(file) if file.is_file() else {}
 
     return config_of
+
+
+def configurations(path: str | Path) -> Callable[[str], Config]:
+    """Part -> configuration, from a pipeline folder or from its bases."""
+    return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
 def cell_of(vae: Config, where: str) -> int:

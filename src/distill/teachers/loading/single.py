@@ -28,14 +28,13 @@ from distill.teachers.loading.held import (
 )
 from distill.teachers.loading.locate import PICKLED
 from distill.teachers.loading.reading import (
-    configurations,
     download,
     dtype_of,
     pipeline_classes,
     read_network,
     read_pipeline,
 )
-from distill.teachers.loading.settings import check_settings
+from distill.teachers.loading.settings import check_settings, configurations
 from distill.teachers.loading.weights import local_file, read_weights
 
 META = "meta tensor"  # part of the error for a missing tensor, which stays on the meta device
