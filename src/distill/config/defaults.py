@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -76,12 +77,16 @@ def fit_to_own_data(cfg: DictConfig) -> None:
     own, taken = target.startswith("distill."), signature(target)
     if taken is None or taken.open or (own and not _typed_overrides("data=")):
         return
-    known = keys_of_options() if own else set()
+    plain: Any = OmegaConf.to_container(cfg.data)
+    unfit = [
+        key
+        for key in plain
+        if key not in taken.keys and not _typed_overrides(f"data.{key}=", f"data.{key}.")
+    ]
+    known = keys_of_options() if own and unfit else set()
     OmegaConf.set_struct(cfg, False)
-    for key, value in OmegaConf.to_container(cfg.data).items():
-        typed = _typed_overrides(f"data.{key}=", f"data.{key}.")
-        of_another = key in known if own else value is None
-        if of_another and key not in taken.keys and not typed:
+    for key in unfit:
+        if key in known if own else plain[key] is None:
             del cfg.data[key]  # also a key without a value
     OmegaConf.set_struct(cfg, True)
 
