@@ -23,6 +23,7 @@ from distill.data.shards import Shards
 from distill.data.source import Loader, Order, Source, permutation, prompts
 from distill.data.write import write_images, write_latents
 from distill.machine.hardware import cores
+from tiny import put_tar
 
 
 def latent_of(i: int) -> np.ndarray:
@@ -36,15 +37,6 @@ def put_latents(folder, n: int, per_shard: int = 4) -> str:
         per_shard,
     )
     return str(folder)
-
-
-def put_tar(path, files: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def png(pixels: np.ndarray, **options) -> bytes:

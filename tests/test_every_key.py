@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from distill.commandline.keys import check_known, check_own_keys
 from distill.commandline.quoting import own_keys
 from distill.config import validate
 from distill.config.compose import dotted
+from tiny import put_tar
 
 OPTIONS = [  # of groups that no experiment takes
     "teacher=sdxl_instruct_pix2pix data=pairs ~metrics",
@@ -58,9 +58,8 @@ def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("here")
     (folder / "prompts.txt").write_text("a\n", encoding="utf-8")
     (folder / "few_step.safetensors").write_bytes(b"")
-    with tarfile.open(folder / "x.tar", "w") as tar:  # of an edit pair, whose names are read
-        for end in ("source.png", "target.png", "txt"):
-            tar.addfile(tarfile.TarInfo(f"0.{end}"))
+    names = ("0.source.png", "0.target.png", "0.txt")  # of an edit pair, which are read
+    put_tar(folder / "x.tar", dict.fromkeys(names, b""))
     return folder
 
 

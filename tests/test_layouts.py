@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from distill.data.write import write_latents
 from distill.evaluation.references import pictures_in
 from distill.storage import formats
 from distill.storage.pictures import to_rgb
+from tiny import put_tar
 
 DOC = Path(__file__).parents[1] / "docs" / "look_up" / "troubleshooting_data.md"
 
@@ -43,17 +43,6 @@ def lay(folder: Path, files: dict[str, str | bytes]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder)
-
-
-def put_tar(path: Path, files: dict[str, str | bytes], mode: str = "w") -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:
-        for name, content in files.items():
-            data = content if isinstance(content, bytes) else content.encode()
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def sample(key: str) -> dict[str, str | bytes]:

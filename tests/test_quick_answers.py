@@ -8,13 +8,13 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from distill.data.write import EDIT_PAIRS
+from tiny import put_tar
 
 PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
 MASKED = "teacher=sd_inpaint data=renders data.masks="
@@ -664,13 +664,6 @@ print(json.dumps(found))
 """
 
 
-def write_tar(file: Path, *names: str) -> None:
-    """A shard with empty files of these names."""
-    with tarfile.open(file, "w") as shard:
-        for name in names:
-            shard.addfile(tarfile.TarInfo(name))
-
-
 def prepared(here: Path) -> Path:
     """Prompts, a picture, a shard, pipeline folders that hold nothing, and a run without
     checkpoints.
@@ -683,10 +676,9 @@ def prepared(here: Path) -> Path:
         (here / name / "model_index.json").write_text(
             json.dumps({"_class_name": kind}), encoding="utf-8"
         )
-    write_tar(here / "edits.tar", "a.source.png", "a.target.png", "a.txt")
-    write_tar(here / "winners.tar", "a.winner.png", "a.loser.png")
-    (here / "of_edits").mkdir()
-    write_tar(here / "of_edits" / "x.tar", "a.latent.npy")
+    put_tar(here / "edits.tar", dict.fromkeys(("a.source.png", "a.target.png", "a.txt"), b""))
+    put_tar(here / "winners.tar", dict.fromkeys(("a.winner.png", "a.loser.png"), b""))
+    put_tar(here / "of_edits" / "x.tar", {"a.latent.npy": b""})
     (here / "of_edits" / "manifest.json").write_text(
         json.dumps({"what": EDIT_PAIRS}), encoding="utf-8"
     )

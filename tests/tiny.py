@@ -7,7 +7,9 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import io
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -136,6 +138,18 @@ def write_pictures(folder: Path, count: int) -> Path:
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(CAPTIONS[i], encoding="utf-8")
     return folder
+
+
+def put_tar(path: Path | str, files: dict[str, str | bytes], mode: str = "w") -> str:
+    """A tar with these files; returns its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
 
 
 def write_shards(folder: Path, count: int = 24) -> Path:
