@@ -15,6 +15,8 @@ from statistics import fmean, stdev
 
 from runner.pages import read_rows, replace_parts, table_of
 
+from distill.evaluation.tables import steps_text
+
 HERE = Path(__file__).parent
 Rows = list[dict[str, str]]
 GUIDANCE_HEADS = (
@@ -40,8 +42,7 @@ def guidance(rows: Rows) -> str:
         of_model = list(found)
         cells = [_spread(of_model, key, "{:.0%}") for key in ("followed", "edited")]
         cells += [_spread(of_model, "change", "{:.2f}"), _spread(of_model, "frechet", "{:,.0f}")]
-        steps = of_model[0]["steps"]
-        name = f"{of_model[0]['model']}, {steps} step{'' if steps == '1' else 's'}"
+        name = f"{of_model[0]['model']}, {steps_text(int(of_model[0]['steps']))}"
         lines.append(["{:g}, {:g}".format(*scales(of_model[0])), name, *cells])
     return table_of(GUIDANCE_HEADS, lines)
 

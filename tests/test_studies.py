@@ -43,10 +43,10 @@ def names(folders):
     return pytest.mark.parametrize("folder", folders, ids=lambda folder: folder.name)
 
 
-def part(page: Path, name: str) -> str:
-    """What is between the markers of a part."""
+def part(page: Path, name: str, by: str = "run.py") -> str:
+    """What is between the markers of a part, made `by` a file of `experiments`."""
     text = page.read_text(encoding="utf-8")
-    begin = f"<!-- made by experiments/run.py: {name} -->"
+    begin = f"<!-- made by experiments/{by}: {name} -->"
     assert text.count(begin) == 1, f"{page}: {name}"
     return text.partition(begin)[2].partition("<!-- end -->")[0]
 
@@ -120,77 +120,62 @@ def check_numbers(folder: Path) -> int:
 def test_the_ratings_of_the_proxy_user_study_are_those_of_its_file():
     folder = ROOT / "experiments" / "proxy_user_study"
     made = runpy.run_path(str(EXPERIMENTS / "ratings.py"))
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    between = page.split("<!-- made by experiments/ratings.py: ratings -->", 1)[1]
-    between = between.split("<!-- end -->", 1)[0].strip()
-    assert between == made["table"](folder / "wins.csv")
+    between = part(folder / "README.md", "ratings", "ratings.py")
+    assert between.strip() == made["table"](folder / "wins.csv")
     won = made["rates"](folder / "wins.csv")
     assert won["LADD, 4 steps"][1] < 0.5 < won["LADD, 4 steps"][2]  # the page says so
     assert won["LADD, 1 step"][2] < 0.5
 
 
-def numbers_of(text):
-    return [float(found.replace(",", "")) for found in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+def measured(study: str, name: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The rows of a table that `measured.py` wrote, and those of the file beside its page."""
+    folder = ROOT / "experiments" / study
+    written = table_in(part(folder / "README.md", name, "measured.py"))
+    return written, rows_of(folder / f"{name}.csv")
 
 
-def made_part(folder, name):
-    """The rows of a table that `measured.py` wrote into a page, by its heads."""
-    page = (ROOT / "experiments" / folder / "README.md").read_text(encoding="utf-8")
-    between = page.split(f"<!-- made by experiments/measured.py: {name} -->", 1)[1]
-    heads, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in between.split("<!-- end -->", 1)[0].strip().splitlines()
-    ]
-    return [dict(zip(heads, row, strict=True)) for row in rows]
+def given(cell: str) -> list[float]:
+    return [number for number in numbers(cell) if number is not None]
 
 
 def test_the_table_of_guidance_is_that_of_its_file():
-    with (ROOT / "experiments" / "edit_shapes" / "guidance.csv").open(encoding="utf-8") as file:
-        measured = list(csv.DictReader(file))
-    rows = made_part("edit_shapes", "guidance")
+    rows, file = measured("edit_shapes", "guidance")
     assert len(rows) == 12
-    units = {"followed": (100, 0.5), "right": (100, 0.5), "change": (1, 0.005), "Fréchet": (1, 0.5)}
+    halves = {"followed": 0.005, "right": 0.005, "change": 0.005, "Fréchet": 0.5}
     for row in rows:
-        scales = numbers_of(row["guidance by instruction, by source"])
-        name, steps = row["model"].split(",")[0], numbers_of(row["model"])[0]
-        found = [
-            one for one in measured
-            if (one["model"], int(one["steps"])) == (name, steps)
-            and [float(one["guidance"]), float(one["image_guidance"])] == scales
-        ]  # fmt: skip
+        scales = row["guidance by instruction, by source"].split(", ")
+        name, _, steps = row["model"].partition(", ")
+        wanted = (name, steps.split()[0], *scales)
+        columns = ("model", "steps", "guidance", "image_guidance")
+        found = [one for one in file if tuple(one[key] for key in columns) == wanted]
         assert len(found) == (1 if name == "teacher" else 3)
-        for head, (unit, half) in units.items():
+        for head, half in halves.items():
             key = {"right": "edited", "Fréchet": "frechet"}.get(head, head)
-            values = [float(one[key]) * unit for one in found]
+            values = [float(one[key]) for one in found]
             expected = [statistics.fmean(values)]
             expected += [statistics.stdev(values)] if len(values) > 1 else []
-            assert numbers_of(row[head]) == pytest.approx(expected, abs=half * 1.001)
+            assert given(row[head]) == pytest.approx(expected, abs=half * 1.001)
 
 
 def test_the_table_of_preference_is_that_of_its_file():
-    with (ROOT / "experiments" / "preference_shapes" / "win_rates.csv").open(
-        encoding="utf-8"
-    ) as file:
-        measured = list(csv.DictReader(file))
-    rows = made_part("preference_shapes", "win_rates")
-    assert [row["model"] for row in rows] == [one["model"] for one in measured]
+    rows, file = measured("preference_shapes", "win_rates")
+    assert [row["model"] for row in rows] == [one["model"] for one in file]
     keys = {
-        "won over plain": (("won", "low", "high"), 100, 0.05),
-        "won over itself": (("own", "own_low", "own_high"), 100, 0.05),
-        "measure": (("measure",), 1, 0.0005),
-        "prompt accuracy": (("prompt_accuracy",), 1, 0.0005),
-        "Fréchet distance": (("frechet",), 1, 0.5),
+        "won over plain": (("won", "low", "high"), 0.0005),
+        "won over itself": (("own", "own_low", "own_high"), 0.0005),
+        "measure": (("measure",), 0.0005),
+        "prompt accuracy": (("prompt_accuracy",), 0.0005),
+        "Fréchet distance": (("frechet",), 0.5),
     }
-    for row, one in zip(rows, measured, strict=True):
+    for row, one in zip(rows, file, strict=True):
         assert float(row["LoRA"] or 0) == float(one["lora_scale"])
         assert row["steps"] == one["steps"]
-        for head, (columns, unit, half) in keys.items():
-            shown = numbers_of(row[head])
-            expected = [float(one[column]) * unit for column in columns]
-            if not shown:  # against itself there is nothing to win
-                assert expected == [50.0] * 3
+        for head, (columns, half) in keys.items():
+            expected = [float(one[column]) for column in columns]
+            if not row[head]:  # against itself there is nothing to win
+                assert expected == [0.5] * 3
                 continue
-            assert shown == pytest.approx(expected, abs=half * 1.001)
+            assert given(row[head]) == pytest.approx(expected, abs=half * 1.001)
 
 
 @names(STUDIES)
