@@ -216,7 +216,7 @@ def test_guidance_by_the_source_may_be_zero(command, folders, tmp_path):
 def test_an_experiment_of_renders_takes_data_of_files(experiment, words, command, pairs, tmp_path):
     path = pairs if experiment == "edit_shapes" else tiny.write_pictures(tmp_path / "own", 4)
     words = [f"experiment={experiment}", *words, f"data.path={path}", "data.num_workers=0"]
-    words += ["debug=smoke", "~metrics", f"run_dir={tmp_path / 'run'}"]
+    words += ["debug=smoke", f"run_dir={tmp_path / 'run'}"]
     code, _, err = command("run", *words)
     assert code == 0, err
     data = OmegaConf.load(tmp_path / "run" / "config.yaml").data
@@ -225,48 +225,47 @@ def test_an_experiment_of_renders_takes_data_of_files(experiment, words, command
 
 
 @pytest.mark.parametrize(
-    ("words", "side"),
+    ("words", "count", "sides"),
     [
-        (["experiment=edit_shapes", "data.size=96"], 96),
-        (["experiment=inpaint_shapes", "data.size=96"], 96),
-        (["experiment=edit_shapes", "data=pairs", "data.buckets=[[64,48],[48,64],[64,64]]"], None),
+        (["experiment=edit_shapes", "data.size=96"], 14, (96, 96)),
+        (["experiment=inpaint_shapes", "data.size=96"], 16, (96, 96)),
+        (["experiment=edit_shapes", "data=pairs", "data.buckets=[[64,48]]"], 8, (64, 48)),
         (
             [
                 *("experiment=inpaint_shapes", "data=images", "data.max_empty_share=1"),
                 "data.buckets=[[64,48],[48,64]]",
             ],
-            None,
+            3,  # of six those in the first one's bucket
+            (48, 64),
         ),
     ],
 )
-def test_sample_pictures_have_the_size_of_the_data(words, side, command, pairs, tmp_path):
+def test_sample_pictures_have_the_size_of_the_data(words, count, sides, command, pairs, tmp_path):
     """The pictures beside them are read in that size, which need not be the teacher's."""
     if "data=pairs" in words:
         words = [*words, f"data.path={pairs}"]
     if "data=images" in words:
         (folder := tmp_path / "own").mkdir()
         for i in range(6):  # of both buckets
-            sides = (80, 60) if i % 2 else (60, 80)
-            Image.new("RGB", sides, (40 * i, 99, 20)).save(folder / f"{i}.png")
+            size = (80, 60) if i % 2 else (60, 80)
+            Image.new("RGB", size, (40 * i, 99, 20)).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
         words = [*words, f"data.path={folder}"]
     run = tmp_path / "run"
-    words = [*words, "debug=smoke", "~metrics", "data.num_workers=0", f"run_dir={run}"]
+    words = [*words, "debug=smoke", "data.num_workers=0", f"run_dir={run}"]
     code, _, err = command("run", *words)
     assert code == 0, err
-    with Image.open(max((run / "samples").glob("*.png"))) as drawn:
-        width, height = drawn.size
-    count = len((run / "samples" / "captions.txt").read_text(encoding="utf-8").splitlines())
-    if side:
-        assert (width, height) == (min(count, 8) * (side + 2) + 2, -(-count // 8) * (side + 2) + 2)
-    else:
-        assert (width, height) != (64, 64)
+    captions = (run / "samples" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    assert len(captions) == count
+    with Image.open(max((run / "samples").glob("step_*.png"))) as drawn:
+        wide, high = min(count, 8), -(-count // 8)
+        assert drawn.size == (wide * (sides[0] + 2) + 2, high * (sides[1] + 2) + 2)
 
 
 def test_preferences_beside_an_experiment_may_be_renders(command, tmp_path):
     """Its own data have a path that must be given, and renders have none."""
     words = ["experiment=dpo_lora_shapes", "data=renders", "data.pairs=true", "debug=smoke"]
-    code, _, err = command("run", *words, "~metrics", f"run_dir={tmp_path / 'run'}")
+    code, _, err = command("run", *words, f"run_dir={tmp_path / 'run'}")
     assert code == 0, err
 
 
