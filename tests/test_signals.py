@@ -111,25 +111,23 @@ def test_a_reminder_is_no_second_ctrl_c(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_at_any_moment_of_starting_up_is_heard(tmp_path):
-    """40 forks of one process that has imported everything: what is left is composing and
+    """40 forks or more of one process that has imported everything: what is left is composing and
     checking.
     """
     kills.prepare()
     chance, ends = random.Random(18), []
     words = ["data.path=nope", "run_dir=run"]
-    whole = []
-    for _ in range(3):  # the least: other work on this machine may come and go
-        began = time.monotonic()
-        assert told(tmp_path, "run", words, "", 0)[0] == 1
-        whole.append(time.monotonic() - began)
-    for _ in range(40):
-        after = chance.uniform(0.005, 0.9 * min(whole))
-        ends.append((after, *told(tmp_path, "run", words, "", signal.SIGTERM, after=after)))
-    stops = [end for end in ends if end[1] != 1]  # 1: it had ended before
-    assert len(stops) > 10
+    began = time.monotonic()
+    assert told(tmp_path, "run", words, "", 0)[0] == 1
+    whole = time.monotonic() - began
     stopped = "distill: stopped by SIGTERM\n"
     refused = "distill: data.path=nope: no such file or folder; check the path\n"
+    # More, where the machine was slow when it was timed, so that many ended before their signal.
+    while len(ends) < 40 or sum(said == stopped for _, _, said in ends) <= 25:
+        assert len(ends) < 200
+        after = chance.uniform(0.005, 0.9 * whole)
+        ends.append((after, *told(tmp_path, "run", words, "", signal.SIGTERM, after=after)))
+    stops = [end for end in ends if end[1] != 1]  # 1: it had ended before
     assert {end[1] for end in stops} == {143}
     assert {end[2] for end in stops} <= {stopped, refused + stopped}  # refused, then interrupted
-    assert sum(end[2] == stopped for end in stops) > 8
     assert all("Traceback" not in said for _, _, said in ends)
