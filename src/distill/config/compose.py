@@ -38,7 +38,6 @@ from distill.terminal.shown import shown
 from distill.training import run_folders as folders
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-# a path `shapes:name` means the model or shards of this name inside the package
 UNREAD = ("README.md", "curves")  # beside the shipped models and latents
 PAPER = "paper"  # the option of `recipe` and `heads` that sets nothing
 _loader: ContextVar[ConfigLoader | None] = ContextVar("loader", default=None)

@@ -18,13 +18,13 @@ def check_noise(cfg: DictConfig) -> None:
     made = has_target(method.get("real"))  # the teacher generates samples from known noise
     if made or data.get("seeded") or not str(data.get("_target_")).startswith(OWN_DATA):
         return
-    what = "needs the noise that each sample was made from, and these data do not have it"
+    needs = "a regression needs the noise that each sample was made from"
+    what = f"{needs}, and these data do not have it"
     how = "use data=synthetic, or latents by their seeds with data.seeded=true"
     if REGRESSION in source_code.lineage(str(method.get("_target_"))):
-        raise ValueError(f"method: a regression {what}; {how}")
+        raise ValueError(f"method: {what}; {how}")
     if method.get("warm_start") == 0:  # the regression is a part of the warm start
         return
     for key in WEIGHTS:
         if method.get(key):
-            what = f"a regression {what}"
             raise ValueError(f"method.{key}={method[key]}: {what}; {how}, or make it 0")

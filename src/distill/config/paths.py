@@ -27,7 +27,7 @@ ONE_FILE = ("pretrained", "prompts", "image")  # these may also be a tag or a te
 # Values of student.init that start from the teacher's weights or at random; the last two are for
 # the adapters of a LoRA. They are options, never paths.
 TEACHERS_OWN = ("teacher", "random", "kaiming", "gaussian")
-SHIPPED = "shapes:"
+SHIPPED = "shapes:"  # before the name of a model or of shards inside the package
 IN_FOLDER = "local-dir:"  # open_clip's, before a folder
 NAMED = "OpenClip"  # of this class, `path` and `name` are the name of an architecture
 PATTERN = "{*?["
