@@ -1,9 +1,11 @@
 """The precision that is chosen for a machine, by its instructions and by a product in both."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -98,6 +100,26 @@ def test_emulation_is_found_by_the_product_alone():
     cost, name = done.stdout.split()
     assert float(cost) > 5
     assert name == "32-true"
+
+
+@pytest.mark.parametrize(("quiet_after", "cost"), [(0, 0.5), (40, 0.5), (math.inf, 3.0)])
+def test_a_busy_machine_does_not_make_bfloat16_slow(monkeypatch, quiet_after, cost):
+    """Other work may disturb every early product in bfloat16: the same command must still get the
+    same precision. What stays slow is slow.
+    """
+    made = []
+
+    def seconds(x: torch.Tensor) -> float:
+        made.append(x.dtype)
+        time.sleep(1e-3)
+        disturbed = x.dtype == torch.bfloat16 and len(made) < quiet_after
+        return (3.0 if disturbed else 0.5) if x.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(hardware, "_product_seconds", seconds)
+    began = time.perf_counter()
+    assert hardware.bf16_cost.__wrapped__() == cost
+    assert time.perf_counter() - began < hardware.PATIENCE + 0.5
+    assert made[:4] == [torch.bfloat16, torch.float32] * 2
 
 
 @NO_CUDA

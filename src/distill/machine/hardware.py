@@ -4,7 +4,9 @@ Torch is imported inside functions, since commands need the number of cores befo
 """
 
 import difflib
+import itertools
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -23,6 +25,8 @@ PRECISIONS = ("auto", "bf16-mixed", "32-true")  # values of keys named `precisio
 SHORT = {"32": "32-true", "bf16": "bf16-mixed"}  # Lightning's short names
 SLOW = 2.0  # ours: above this ratio of bfloat16 to float32 time, bfloat16 is emulated
 SIDE = 192  # ours: of the matrices in that measurement, 15 ms if bfloat16 is emulated
+TRIES = 5  # ours: of each product at least
+PATIENCE = 0.5  # ours: seconds of trying before bfloat16 is called slow
 AMPERE = (8, 0)  # the first CUDA capability with bfloat16
 CONTAINER = Path("/sys/fs/cgroup")  # of this process, on Linux
 X86_FLAGS = ("avx512_bf16", "amx_bf16")
@@ -184,28 +188,35 @@ def _torch_capabilities() -> dict[str, Any]:
 def bf16_cost(kind: str = "cpu") -> float:
     """Time of a matrix product in bfloat16 divided by that in float32, on this kind of device.
 
-    Takes a few milliseconds. It is the best of several tries on one thread, to exclude other work.
+    Takes milliseconds where bfloat16 is fast, up to `PATIENCE` seconds where it is not. The same
+    command must get the same precision on a busy machine: the two products take turns, each is the
+    best of its tries, and a slow bfloat16 is measured for longer before it is believed.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would wait for each other on a busy machine
     try:
-        return _product_seconds(torch.bfloat16, kind) / _product_seconds(torch.float32, kind)
+        dtypes = (torch.bfloat16, torch.float32)
+        products = [torch.ones(SIDE, SIDE, dtype=dtype, device=kind) for dtype in dtypes]
+        for x in products:
+            _product_seconds(x)  # the first one prepares the kernel
+        best, began = [math.inf, math.inf], time.perf_counter()
+        for tries in itertools.count(1):
+            best = [min(b, _product_seconds(x)) for b, x in zip(best, products, strict=True)]
+            half, whole = best
+            fast = tries >= TRIES and half <= SLOW * whole
+            if fast or (tries > 1 and time.perf_counter() - began > PATIENCE):
+                break
+        return half / whole
     finally:
         torch.set_num_threads(threads)
 
 
-def _product_seconds(dtype: "torch.dtype", kind: str) -> float:
-    import torch
-
-    x = torch.ones(SIDE, SIDE, dtype=dtype, device=kind)
-    tries = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (x @ x).sum().item()
-        tries.append(time.perf_counter() - start)
-    return min(tries[1:])  # the first one prepares the kernel
+def _product_seconds(x: "torch.Tensor") -> float:
+    start = time.perf_counter()
+    (x @ x).sum().item()
+    return time.perf_counter() - start
 
 
 def best_precision(accelerator: str = "auto") -> Precision:
