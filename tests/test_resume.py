@@ -104,6 +104,75 @@ def test_a_learning_rate_may_change(run, command):
     assert code == 0, err
 
 
+# -- keys that only the groups of the run have -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_other_groups(tmp_path_factory, pipelines, shards):
+    """A finished run of two steps, of which hardly a group is the default one."""
+    folder = tmp_path_factory.mktemp("groups")
+    groups = ("data=synthetic", "data.num_workers=0", "student=lora")
+    words = arguments(pipelines("mmdit"), shards, folder / "run", *groups, method="dmd2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["distill.run", *words])
+        importlib.import_module("distill.run").main()
+    return folder / "run"
+
+
+@pytest.fixture
+def other(of_other_groups, command, tmp_path):
+    return shutil.copytree(of_other_groups, tmp_path / "run")
+
+
+def test_keys_of_the_run_s_own_groups_can_be_given(other, command):
+    """The default groups, which Hydra composes, have none of them."""
+    words = ["data.max_bad_share=0.5", "optimizer.fake_score.lr=1e-6", "~data.cache_dir"]
+    code, _, err = command("run", f"resume={other}", *words, "trainer.max_steps=3")
+    assert code == 0, err
+    now = OmegaConf.load(other / "config.yaml")
+    assert (now.data.max_bad_share, now.data.cache_dir) == (0.5, None)
+    assert now.optimizer.fake_score.lr == 1e-6
+    assert now.optimizer.fake_score._target_ == "torch.optim.AdamW"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (
+            "method.fake_score_updates=7",
+            "method.fake_score_updates=7 (was 5): would be another run",
+        ),
+        ("student.rank=3", "student.rank=3 (was 64): would be another run"),
+        (
+            "data.max_bad_shar=0.5",
+            "data.max_bad_shar: no such key (did you mean data.max_bad_share?); config.yaml of the"
+            " run has all",
+        ),
+        ("loop.foo=2", "loop.foo: no such key; config.yaml of the run has all"),
+        ("data.max_bad_share=2", "data.max_bad_share=2: must be a share, from 0 to 1"),
+        (
+            "metrics.guidance=2",
+            "metrics.guidance: the run has no metrics; add metrics=..., or leave",
+        ),
+    ],
+)
+def test_other_keys_are_refused_by_what_the_run_has(word, said, other, command):
+    before = (other / "config.yaml").read_bytes()
+    code, _, err = command("run", f"resume={other}", word, "trainer.max_steps=3")
+    assert code == 1
+    assert said in last(err)
+    assert (other / "config.yaml").read_bytes() == before
+
+
+def test_each_run_of_a_sweep_may_be_resumed_by_common_keys(other, command, tmp_path):
+    second = shutil.copytree(other, tmp_path / "second")
+    code, _, err = command("run", "-m", f"resume={other},{second}", "trainer.max_steps=3")
+    assert code == 0, err
+    for folder in (other, second):
+        assert OmegaConf.load(folder / "config.yaml").trainer.max_steps == 3
+
+
 # -- whose checkpoint it is ------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         value, had = (OmegaConf.select(c, key, default=MISSING) for c in (cfg, now))
         if not MISSING == value == had:
+            _check_part(key, cfg, now)
             chosen = None if value == MISSING else _option_value(key, value, had)
             only_typed = chosen is None or chosen is value  # nothing of the file remains
             chosen = escaped(chosen) if isinstance(chosen, str) else chosen
@@ -81,6 +82,14 @@ def resumed_config(cfg: DictConfig) -> DictConfig:
             " start a new run"
         )
     return now
+
+
+def _check_part(key: str, cfg: DictConfig, run: DictConfig) -> None:
+    """Raise ValueError for a key of a part that the run was started without, as `~metrics`."""
+    part, dot, _ = key.partition(".")
+    chosen, had = (OmegaConf.select(c, part) for c in (cfg, run))
+    if dot and "_target_" in (chosen or {}) and "_target_" not in (had or {}):
+        raise ValueError(f"{key}: the run has no {part}; add {part}=..., or leave this out")
 
 
 def _was_given_at_start(override: str, folder: Path) -> bool:

@@ -10,12 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -27,6 +28,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from distill.commandline import resumed_keys
 from distill.commandline.keys import check_composed
 from distill.commandline.quoting import GROUPS, as_typed, check_flags, flags_last, for_hydra
 from distill.commandline.secret_arguments import with_variables
@@ -123,6 +125,8 @@ def _checked_arguments(name: str, sweep: Sweep) -> list[str]:
     arguments = flags_last(arguments)
     check_flags(arguments)
     quoted = [for_hydra(argument, name, sweep=sweep.asked) for argument in arguments]
+    if name == "config":
+        quoted = resumed_keys.accepted(quoted)
     typed.register_secrets(quoted)
     without_secrets = with_variables(quoted)
     sweep.typed = dict(zip(without_secrets, arguments, strict=True))
@@ -290,8 +294,14 @@ def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         if key in renames.KEYS:
             return f"{key}: is now called {renames.KEYS[key]}; write that"
-        near = nearest(key, [known for known in _keys(cause) if known != key])
+        of_run = resumed_keys.keys_of_run(sys.argv[1:])
+        others = [*_keys(cause), *of_run]
+        near = nearest(key, [other for other in others if not f"{key}.".startswith(f"{other}.")])
         if isinstance(error, HydraException):
+            if of_run:
+                return f"{key}: no such key{near}; config.yaml of the run has all"
+            if options := _options_with(key):
+                return f"{key}: no such key here; {options}"
             return f"{key}: no such key{near}; --cfg job prints all"
         return f"{key}: not given; add {key}=..., or do not leave it out"
     typed_ones = [text for text in sys.argv[1:] if "${" in text and secret.TYPED not in text]
@@ -307,6 +317,18 @@ def _key_sentence(error: BaseException, cause: OmegaConfBaseException) -> str:
     if isinstance(cause, InterpolationResolutionError):
         return f"{argument}: {message}"
     return f"{key}: {message}" if key and key not in message else message
+
+
+def _options_with(key: str) -> str:
+    """The options of its group that have this key, as `metrics=shapes_edit has it`, or ""."""
+    group, _, inner = key.partition(".")
+    files = sorted(Path(CONF_DIR, group).glob("*.yaml")) if group in GROUPS and inner else []
+    having = [
+        f"{group}={file.stem}"
+        for file in files
+        if OmegaConf.select(OmegaConf.load(file), inner, default=MISSING) != MISSING
+    ]
+    return f"{', '.join(having)} {'have' if having[1:] else 'has'} it" if having else ""
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:
