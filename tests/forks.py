@@ -8,6 +8,7 @@ and drawn nothing itself. To import torch, Lightning and diffusers takes longer 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import gc
 import importlib
@@ -212,6 +213,7 @@ def do(task: dict[str, Any]) -> None:
 
     from kills import renew_threads
 
+    faulthandler.enable()  # what was running when compiled code ends the process
     importlib.reload(constants)  # which has read the server's environment
     renew_threads()
     getattr(importlib.import_module(module), name)(*task["arguments"])

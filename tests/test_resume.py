@@ -140,8 +140,8 @@ def test_keys_of_the_run_s_own_groups_can_be_given(other, command):
     ("word", "said"),
     [
         (
-            "method.fake_score_updates=7",
-            "method.fake_score_updates=7 (was 5): would be another run",
+            "method.adversarial_weight=1",
+            "method.adversarial_weight=1 (was 0.02): would be another run",
         ),
         ("student.rank=3", "student.rank=3 (was 64): would be another run"),
         (
