@@ -519,6 +519,28 @@ def shown_in(folder: Path) -> dict[str, tuple[str, str]]:
     return {row[""]: (row["seeds"], row["Prompts right ↑"].partition(" ")[0]) for row in rows}
 
 
+def test_what_is_recorded_of_other_jobs_stays_beside_new_runs(study, ran, tmp_path):
+    """As on another machine, which has only the runs of one job. A job is not replaced by fewer
+    seeds either.
+    """
+    found = study({"a": [0.8, 0.81, 0.82], "b": [0.6, 0.61]})
+    (found.folder / "results.png").write_bytes(b"of all jobs")
+    out = ran(found, "a", 0, 0.25)
+    for seed in (0, 1, 2):
+        ran(found, "b", seed, 0.75)
+    write_results(found, out, tmp_path / "README.md", partial=True)
+    assert shown_in(found.folder) == {"a": ("3", "81.0%"), "b": ("3", "75.0%")}
+    assert [row["run"] for row in rows_of(found.folder / "results.csv")] == [
+        *("a_0", "a_1", "a_2"),
+        *("seed_0", "seed_1", "seed_2"),
+    ]
+    check_numbers(found.folder)
+    (claim,) = rows_of(found.folder / "claims.csv")
+    assert (claim["over"], claim["verdict"]) == ("3 and 3 seeds", "holds")
+    assert float(claim["difference"]) == pytest.approx(0.06)
+    assert (found.folder / "results.png").read_bytes() == b"of all jobs"
+
+
 def test_a_run_that_is_not_finished_is_not_in_the_page(study, ran, tmp_path):
     """Also one that was evaluated by hand in the middle of its training."""
     found = study()

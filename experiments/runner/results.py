@@ -4,13 +4,14 @@
     <table>_intervals.csv   mean, spread and 95 % interval of every group
     claims.csv              every claim with its difference, interval and verdict
 
-Without the runs, the files that are there stay as they are. Of a table without intervals, recorded
-before there were outcomes of single prompts, they are computed over seeds alone.
+Without the runs, the files that are there stay as they are. With some of them, so do the rows of
+the other jobs, and of jobs that are recorded with more seeds. Of a table without intervals,
+recorded before there were outcomes of single prompts, they are computed over seeds alone.
 """
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,15 @@ def write_results(study: Study, out: Path | None, overview: Path, *, partial: bo
     """Write the study's files and pages. `out` has its runs; None: there are only the files."""
     found: dict[str, list[Line]] = {}
     for table in study.tables:
+        _complete(study, table)
         groups = runs_of(study, table, out) if out else {}
         wanted = len(table.jobs) * len(study.seeds)
         if groups and (partial or sum(map(len, groups.values())) == wanted):
-            found[table.name] = _from_runs(study, table, groups)
+            found[table.name] = _from_runs(study, table, _unless_recorded(study, table, groups))
         elif groups:
             done = sum(map(len, groups.values()))
             print(f"{table.name}: {done} of {wanted} runs; page=partial writes these into the page")
     _write_claims(study, found)
-    for table in study.tables:
-        _complete(study, table)
     write_pages(study, overview)
     if overview.parent == study.folder.parent:
         write_methods(overview.parent)
@@ -87,13 +87,47 @@ def _check_protocol(first: Run, run: Run) -> None:
         raise StudyError(f"{run.folder}: {what}; evaluate both alike with distill.evaluate run=...")
 
 
+def _unless_recorded(
+    study: Study, table: TableOf, groups: Mapping[str, list[Run]]
+) -> dict[str, list[Run]]:
+    """The groups of runs, without those that are recorded with more seeds."""
+    seeds: dict[str, set[str]] = {}
+    for row in _recorded(study.folder / f"{table.name}.csv"):
+        seeds.setdefault(row["group"], set()).add(row["seed"])
+    return {label: runs for label, runs in groups.items() if len(runs) >= len(seeds.get(label, ()))}
+
+
 def _from_runs(study: Study, table: TableOf, groups: Mapping[str, list[Run]]) -> list[Line]:
-    lines = lines_of(groups)
-    write_text_atomic(study.folder / f"{table.name}.csv", as_csv(groups))
-    _write(study.folder / f"{table.name}_intervals.csv", INTERVALS, intervals(lines))
-    write_grid(study.folder / f"{table.name}.png", groups)
-    write_curves(study.folder / f"{table.name}_curves.svg", groups)
+    """Write the files of a table. What is recorded of jobs without runs stays, and so do the
+    pictures then, which are made of runs.
+    """
+    lines, file = lines_of(groups), study.folder / f"{table.name}.csv"
+    new = {line.group for line in lines}
+    known = {*table.jobs, TEACHER}
+    stays = [row for row in _recorded(file) if row["group"] in known - new]
+    _write_rows(file, csv.DictReader(io.StringIO(as_csv(groups))), stays, list(table.jobs))
+    file = study.folder / f"{table.name}_intervals.csv"
+    rows = [dict(zip(INTERVALS, row, strict=True)) for row in intervals(lines)]
+    interval_stays = [row for row in _recorded(file) if row["group"] in known - new]
+    _write_rows(file, rows, interval_stays, [TEACHER, *table.jobs])
+    grid, curves = study.folder / f"{table.name}.png", study.folder / f"{table.name}_curves.svg"
+    if not (stays and grid.is_file()):
+        write_grid(grid, groups)
+        write_curves(curves, groups)
     return lines
+
+
+def _recorded(file: Path) -> list[dict[str, str]]:
+    return read_rows(file) if file.is_file() else []
+
+
+def _write_rows(
+    file: Path, new: Iterable[Mapping[str, Any]], stays: Sequence[Any], order: Sequence[str]
+) -> None:
+    """Write new rows with those that stay, by their groups in this order."""
+    rows = sorted([*new, *stays], key=lambda row: order.index(row["group"]))
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    _write(file, heads, ([row.get(key, "") for key in heads] for row in rows))
 
 
 def _complete(study: Study, table: TableOf) -> None:
@@ -198,20 +232,24 @@ def _line(name: str, steps: int, key: str, lines: Sequence[Line]) -> Line | None
 
 
 def _write_claims(study: Study, found: Mapping[str, Sequence[Line]]) -> None:
-    """Write claims.csv. A claim on a table that is not there anew keeps its row, if it had one."""
+    """Write claims.csv. A claim of which no run is there anew keeps its row, if it had one."""
     file = study.folder / "claims.csv"
-    known = read_rows(file) if file.is_file() else []
-    before = {(row["table"], row["tested"]): row for row in known}
+    before = {(row["table"], row["tested"]): row for row in _recorded(file)}
     rows = []
     for claim in study.claims:
-        kept = before.get((claim.table, claim.tested))
-        lines = found.get(claim.table)
-        if lines is None and kept and kept["verdict"] not in (NOT_RUN, NOT_MEASURED):
+        kept, lines = before.get((claim.table, claim.tested)), found.get(claim.table, ())
+        anew = {TEACHER if line.who == TEACHER else line.group for line in lines}
+        new = verdict(claim, lines)
+        if (
+            kept
+            and not anew & {claim.a, claim.b}
+            and kept["verdict"] not in (NOT_RUN, NOT_MEASURED)
+        ):
             rows.append([claim.claim, claim.paper, *(kept[key] for key in CLAIMS[2:])])
             continue
-        if lines is None:
-            lines = recorded_lines(study.folder / f"{claim.table}.csv")
-        rows.append(verdict(claim, lines).row)
+        if new.difference is None:
+            new = verdict(claim, recorded_lines(study.folder / f"{claim.table}.csv"))
+        rows.append(new.row)
     if rows:
         _write(file, CLAIMS, rows)
 
