@@ -81,7 +81,8 @@ def encode(cfg: DictConfig, folder: Path) -> int:
     }
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
-    job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
+    bad = source.dataset.bad
+    job.finish(source.dataset.max_bad_share, bad, **about, embeddings=cfg.embeddings)
     return 0
 
 

@@ -1,5 +1,7 @@
 """Samples that cannot be used, and limits of their files."""
 
+from collections.abc import Mapping
+
 from distill.data.folder import CAPTIONS, MOST_CAPTION
 from distill.storage.bounded import MIB, format_bytes
 from distill.terminal.shown import shown
@@ -8,6 +10,16 @@ from distill.terminal.shown import shown
 MOST_BYTES = 512 * MIB  # of a file
 MOST_TOGETHER = 1024 * MIB  # of the files of a sample
 MOST_FILES = 1000  # of a sample
+
+
+MOST_REASONS = 3  # ours: in a message
+
+
+def reasons_of(bad: Mapping[str, str]) -> str:
+    """One sentence on bad samples, name -> reason: each reason once, with the first sample."""
+    first = {reason: name for name, reason in reversed(bad.items())}
+    some = [f"{name}: {reason}" for reason, name in reversed(first.items())][:MOST_REASONS]
+    return f"The first: {'; '.join(some)}"
 
 
 class BadSample(ValueError):

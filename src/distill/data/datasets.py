@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from distill.core.limits import check_samples
 from distill.data import decode
+from distill.data.bad import reasons_of
 from distill.data.buckets import Size, nearest
 from distill.data.cache import USUAL_GB, Cache
 from distill.data.folder import CAPTIONS, caption_of
@@ -34,6 +35,7 @@ from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
 from distill.data.write import EDIT_PAIRS, NULL, PICTURES
 from distill.machine.memory import to_shared_memory
+from distill.terminal.secret import masked
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # with fewer, one bad sample would be a large share
@@ -65,6 +67,7 @@ class Samples(Dataset, ABC):
         cache_gb: float = USUAL_GB,
     ):
         check_samples(limit, max_bad_share, buckets)
+        self.path = path
         self.cache = Cache.of(cache_dir, cache_gb)
         self.shards = self.open(path)
         self.max_bad_share, self.caption_key = max_bad_share, caption_key
@@ -175,14 +178,13 @@ class Samples(Dataset, ABC):
         most = self._most(self.max_bad_share, self.tried, needed)
         if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
-        what = (
-            f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the"
-            " share"
-        )
-        what = what if enough else f"the last {len(skipped)} in a row: repair the data"
-        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
+        what = f"the last {len(skipped)} in a row; repair the data"
+        if enough:
+            most_bad = f"data.max_bad_share={self.max_bad_share:g}"
+            what = f"more than {most_bad}; repair the data, or raise the share"
         raise ValueError(
-            f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}"
+            f"data.path={masked(self.path)}: {self.failed} of {self.tried} samples tried are bad,"
+            f" {what}. {reasons_of(self.bad)}"
         )
 
     def _most(self, share: float, tried: int, drawn: bool) -> float:
@@ -199,9 +201,10 @@ class Samples(Dataset, ABC):
         self.empty += sum(not caption for caption in captions)
         most = self._most(self.max_empty_share, self.captioned, drawn)
         if self.empty > most and (self.captioned >= MIN_TRIED or not drawn):
+            share = f"data.max_empty_share={self.max_empty_share:g}"
             raise ValueError(
-                f"{self.empty} of {self.captioned} captions are empty, more than "
-                f"data.max_empty_share={self.max_empty_share:g}: write them, or raise the share"
+                f"data.path={masked(self.path)}: {self.empty} of {self.captioned} captions are"
+                f" empty, more than {share}; write them, or raise the share"
             )
 
 
