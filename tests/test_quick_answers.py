@@ -57,8 +57,8 @@ WRONG = [
     ("run", "callbacks.samples.every=0", "callbacks.samples.every=0: must be a whole number"),
     ("sample", "run={here} prompt=x steps=few", "steps=few: must be a whole number, 1 or more"),
     ("sample", "run={here} prompt=x guidance=x", "guidance=x: must be a number"),
-    ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be a finite number, 0 or"),
-    ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be a finite number, 0 or"),
+    ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be from 0 to 1000"),
+    ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be from 0 to 1000"),
     ("sample", "run={here}/unet prompt=x strength=0.5", "strength=0.5: has no effect without a st"),
     (
         "export",
@@ -96,13 +96,57 @@ WRONG = [
         "run=shapes:unet metrics=shapes_edit",
         "does not edit pictures; use metrics=",
     ),
-    ("synthesize", "prompts={here}/prompts.txt out=o guidance=inf", "guidance=inf: must be a fin"),
+    ("sample", "run={here} prompt=x guidance=1e40", "guidance=1e+40: must be from 0 to 1000"),
+    (
+        "sample",
+        "run={here} prompt=x image_guidance=1e40",
+        "image_guidance=1e+40: must be from 0 to",
+    ),
+    (
+        "sample",
+        "run={here} prompt=x lora=x lora_scale=1e39",
+        "lora_scale=1e+39: must be a number fr",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet lora=x lora_scale=1e39",
+        "lora_scale=1e+39: must be a number from",
+    ),
+    (
+        "run",
+        "method.distill.guidance=[1,1e40]",
+        "must be a number, or least and largest of a range, ",
+    ),
+    (
+        "run",
+        "sampler.guidance=1e40 sampler=guided",
+        "sampler.guidance=1e+40: must be from 0 to 1000",
+    ),
+    (
+        "sample",
+        "run={here}/unet prompt=x lora=",
+        "lora: is empty; give the file of a LoRA, or leave",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet lora=",
+        "lora: is empty; give the file of a LoRA, or leave lora= o",
+    ),
+    (
+        "synthesize",
+        "prompts={here}/prompts.txt out=o guidance=inf",
+        "guidance=inf: must be from 0 to 1000",
+    ),
     (
         "synthesize",
         "teacher=shapes_edit prompts={here}/prompts.txt out=o",
         "teacher: a StableDiffusionInstructPix2PixPipeline reads pictures beside the caption, and",
     ),
-    ("evaluate", "run={here}/unet metrics.guidance=nan", "metrics.guidance=nan: must be 0 or more"),
+    (
+        "evaluate",
+        "run={here}/unet metrics.guidance=nan",
+        "metrics.guidance=nan: must be from 0 to 1000",
+    ),
     (
         "run",
         "experiment=inpaint_shapes data.masks=false",
@@ -202,7 +246,7 @@ WRONG = [
     ),
     ("demo", "run=shapes:unet_edit", "edits pictures, and the demonstration makes whole ones; use"),
     ("demo", "run=shapes:unet teacher=shapes:unet_inpaint", "teacher=shapes:unet_inpaint: fills"),
-    ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be 1 (none) or more"),
+    ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be from 1 to 1000"),
     (
         "evaluate",
         "run=shapes:unet_edit metrics=prompts metrics.path={here}/prompts.txt",
@@ -261,7 +305,7 @@ WRONG = [
         "predicts eps",
     ),
     ("run", "optimizer.student.lr=inf", "optimizer.student.lr=inf: must be a finite number"),
-    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be 0 or more"),
+    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be from 0 to 1000"),
     ("run", "optimizer.student.betas=[0.0,inf]", "student.betas[1]=inf: must be a finite number"),
     ("run", "discriminator.heads.kernel=2", "discriminator.heads.kernel=2: must be odd; use 3"),
     ("run", "discriminator.heads.width=0", "discriminator.heads.width=0: must be 1 or more"),

@@ -33,7 +33,7 @@ from distill.config.compose import check_counts, file_name
 from distill.config.errors import command
 from distill.config.preference import check_lora
 from distill.config.videos import check_text_alone
-from distill.core.limits import check_dtype, drawn_at_once
+from distill.core.limits import check_dtype, check_guidance, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
 from distill.storage.atomic import write_atomic
@@ -117,7 +117,10 @@ def _generate_all(
 def check(cfg: DictConfig) -> list[str]:
     """The prompts. Raises ValueError or OSError for wrong settings, before slow imports."""
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
-    validate.check_number(cfg, "guidance", "image_guidance", "strength")
+    for key in ("guidance", "image_guidance"):
+        if cfg[key] is not None:
+            check_guidance(cfg[key], key)
+    validate.check_number(cfg, "strength")
     validate.check_size(cfg.size)
     if cfg.negative is not None and cfg.guidance is None:
         raise ValueError("negative: has no effect without guidance; add guidance=")

@@ -1,12 +1,10 @@
 """Check that the method of a run belongs to its data and sampler, and that a LoRA to add exists."""
 
-import math
-
 from omegaconf import DictConfig
 
 from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
-from distill.core.limits import DOES, NO_SAMPLES
+from distill.core.limits import DOES, LARGEST_SCALE, NO_SAMPLES
 from distill.storage import source_code
 from distill.teachers.families import family
 from distill.teachers.loading import locate
@@ -65,8 +63,12 @@ def _keeps_steps(sampler: str) -> bool:
 def check_lora(cfg: DictConfig) -> None:
     """Check `lora` and `lora_scale` of a command: a file or folder that exists, and a number."""
     scale = cfg.lora_scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"lora_scale={scale}: must be a number; 1 adds the LoRA as it is")
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not abs(scale) <= LARGEST_SCALE:
+        what = f"must be a number from -{LARGEST_SCALE} to {LARGEST_SCALE}"
+        raise ValueError(f"lora_scale={scale}: {what}; 1 adds the LoRA as it is")
+    if cfg.lora == "":
+        raise ValueError("lora: is empty; give the file of a LoRA, or leave lora= out")
     if cfg.lora is None:
         if scale != 1:
             raise ValueError(f"lora_scale={scale}: has no effect without lora=; leave it out")

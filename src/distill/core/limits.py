@@ -23,6 +23,7 @@ SHIFT: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("base_image_seq_len", "max_image_seq_len", "patch"), (int, "a whole number")),
     "time_shift_type": (str, "exponential or linear"),
 }
+LARGEST_SCALE = 1000  # ours: of guidance and of a LoRA; far above any use, far below overflow
 AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
 # ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
 BYTES_AT_ONCE = 4 * 2**30
@@ -116,6 +117,16 @@ def check_frames(frames: int, key: str = "teacher.frames") -> None:
     near = max(1, frames // FRAMES * FRAMES + 1)
     what = f"must be 1 more than a multiple of {FRAMES}"
     raise ValueError(f"{key}={frames}: {what}; use {near} or {near + FRAMES}")
+
+
+def check_guidance(value: Any, key: str, least: int = 0) -> None:
+    """Raise ValueError, naming `key`, for a guidance that is no number from `least` to
+    LARGEST_SCALE.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key}={value}: must be a number")
+    if not least <= value <= LARGEST_SCALE:
+        raise ValueError(f"{key}={value}: must be from {least} to {LARGEST_SCALE}")
 
 
 def check_dtype(name: str | None, key: str, *more: str) -> None:
