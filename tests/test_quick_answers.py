@@ -10,13 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from distill.data.write import EDIT_PAIRS
 from tiny import put_tar
 
 PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
+BARE = "data=images data.path={here}/pictures data.size=64 data.max_empty_share=1"
+PREFERRED = "experiment=dpo_lora_shapes data.path={here}/"
 MASKED = "teacher=sd_inpaint data=renders data.masks="
 MADE = (
     "data=prompts data.path={here}/prompts.txt "
@@ -150,7 +154,7 @@ WRONG = [
     (
         "run",
         "experiment=inpaint_shapes data.masks=false",
-        "these data have no masks; use data=i",
+        "these data have no masks; give data.masks=true",
     ),
     (
         "run",
@@ -595,7 +599,7 @@ WRONG = [
     ),
     (
         "run",
-        "method=dpo sampler=guided data=preference data.path={here}/x.tar data.size=60",
+        "method=dpo sampler=guided data=preference data.path={here}/small_pair.tar data.size=60",
         "data.size=60: must be a multiple of 8 for this teacher; use 56 or 64",
     ),
     ("cache", "teacher=sd_inpaint data.path={here} out=o", "reads masks, which are drawn on pictu"),
@@ -605,6 +609,13 @@ WRONG = [
         "run=shapes:mmdit prompt=x image={here}/x.tar",
         "x.tar: cannot be read as a picture (",
     ),
+    (
+        "cache",
+        "data.path={here}/pictures data.masks=true out=o",
+        "data.masks=True: masks are drawn while a model trains, and cached latents have none; make"
+        " it false, or train by data=images data.masks=true",
+    ),
+    ("run", "teacher=shapes_inpaint data=renders", "have no masks; give data.masks=true"),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
@@ -722,6 +733,20 @@ def prepared(here: Path) -> Path:
         )
     put_tar(here / "edits.tar", dict.fromkeys(("a.source.png", "a.target.png", "a.txt"), b""))
     put_tar(here / "winners.tar", dict.fromkeys(("a.winner.png", "a.loser.png"), b""))
+    put_tar(here / "cached.tar", {"a.latent.npy": b"", "a.txt": b"x"})
+    picture = (here / "picture.png").read_bytes()  # 8 x 8
+    for name, sides in {"edit": ("source", "target"), "pair": ("winner", "loser")}.items():
+        files = {f"a.{side}.png": picture for side in sides}
+        put_tar(here / f"small_{name}.tar", {**files, "a.txt": b"x"})
+        put_tar(here / f"uncaptioned_{name}.tar", files)
+        put_tar(here / f"damaged_{name}.tar", {**dict.fromkeys(files, b""), "a.txt": b"x"})
+    (here / "four.txt").write_text("a red star\n" * 4, encoding="utf-8")
+    wide = Image.new("L", (96, 64))
+    wide.save(here / "wide.png")
+    wide.paste(255, (0, 0, 8, 64))
+    wide.save(here / "left.png")
+    save_file({"foo.weight": np.zeros(2, np.float32)}, here / "full.safetensors")
+    (here / "damaged.safetensors").write_bytes(b"not weights")
     put_tar(here / "of_edits" / "x.tar", {"a.latent.npy": b""})
     (here / "of_edits" / "manifest.json").write_text(
         json.dumps({"what": EDIT_PAIRS}), encoding="utf-8"
@@ -751,9 +776,9 @@ def prepared(here: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> list:
-    """What was answered to each of WRONG, by one process, in a folder of its own; that nothing was
-    made there.
+def answers(tmp_path_factory) -> tuple[str, list]:
+    """A folder, and what was answered to each of WRONG, by one process, in a folder of its own;
+    that nothing was made there.
     """
     here, elsewhere = (tmp_path_factory.mktemp(name) for name in ("here", "elsewhere"))
     prepared(here)
@@ -770,16 +795,16 @@ def answers(tmp_path_factory) -> list:
     )
     assert done.returncode == 0, done.stderr
     assert not list(elsewhere.iterdir())
-    return json.loads(done.stdout)
+    return str(here), json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("i", range(len(WRONG)), ids=[f"{n} {words}" for n, words, _ in WRONG])
 def test_a_mistake_is_named_and_nothing_heavy_is_imported(i, answers):
-    code, err, heavy = answers[i]
+    here, (code, err, heavy) = answers[0], answers[1][i]
     assert code == 1, err
     assert err.startswith("distill: "), err
     assert err.count("\n") == 1, err
-    assert WRONG[i][2] in err
+    assert WRONG[i][2].replace("{here}", here) in err
     assert not heavy
 
 

@@ -101,6 +101,9 @@ def check(cfg: DictConfig) -> None:
         raise ValueError("data: only pictures can be encoded; choose data=images or data=pairs")
     facts = families.family(str(cfg.teacher._target_))
     if facts is not None and facts.image == "mask":
+    if masks := cfg.data.get("masks"):
+        what = "masks are drawn while a model trains, and cached latents have none; make it false"
+        raise ValueError(f"data.masks={masks}: {what}, or train by data=images data.masks=true")
         what = f"a {facts.kind_name()} reads masks, which are drawn on pictures and not on latents"
         raise ValueError(f"teacher: {what}; train it by data=images data.masks=true")
     validate.check_data(cfg.data)

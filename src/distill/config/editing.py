@@ -20,6 +20,7 @@ EDIT_PAIRS = "distill.data.source.pairs"
 DRAWN, LATENTS = "distill.data.source.drawn", "distill.data.source.latents"
 EDITS = "distill.worlds.shapes.scenes.Edits"  # renders for teachers that edit
 SHIPPED_DATA = "shapes:latents"
+MASKABLE = ("distill.data.source.images", DRAWN)
 UNGUIDED = "a {} is not guided by its source picture"
 WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
 GIVE_PAIRS = "give edit pairs by data=pairs data.path=<shards>"
@@ -95,6 +96,8 @@ def _no_editor(family: Family) -> str:
 
 def _no_sources(family: Family) -> str:
     return f"a {family.kind_name()} edits pictures, and these data have no source pictures"
+        if target in MASKABLE:
+            how = "give data.masks=true"
 
 
 def check_masks_fit(data: DictConfig, family: Family | None) -> None:
