@@ -615,6 +615,12 @@ WRONG = [
         "data.masks=True: masks are drawn while a model trains, and cached latents have none; make"
         " it false, or train by data=images data.masks=true",
     ),
+    (
+        "run",
+        "data=renders data.pairs=true",
+        "data.pairs=True: adds losers, which this method does not read; make it false, or choose m"
+        "ethod=dpo sampler=guided",
+    ),
     ("run", "teacher=shapes_inpaint data=renders", "have no masks; give data.masks=true"),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),

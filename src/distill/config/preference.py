@@ -18,6 +18,7 @@ OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
 def check_preference(cfg: DictConfig) -> None:
     """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, and
     for pairs or the sampler of many steps with another method.
+DRAWN = "distill.data.source.drawn"
     """
     method = str(cfg.method._target_)
     of_pairs, many_steps = (
@@ -48,6 +49,9 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
 
 def check_captions_alone(cfg: DictConfig) -> None:
     """Raise ValueError for captions alone where nothing makes samples of them. A method of one's
+    if not of_pairs and target == DRAWN and data.get("pairs"):
+        what = "adds losers, which this method does not read; make it false, or choose"
+        raise ValueError(f"data.pairs={data.pairs}: {what} method=dpo sampler=guided")
     own may do so itself.
     """
     ours = str(cfg.method._target_).startswith("distill.")
