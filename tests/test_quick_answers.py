@@ -622,6 +622,16 @@ WRONG = [
         "ethod=dpo sampler=guided",
     ),
     ("run", "teacher=shapes_inpaint data=renders", "have no masks; give data.masks=true"),
+    (
+        "run",
+        "data=renders data.size=100000 teacher=shapes_unet",
+        "is 10000 million pixels, and at m",
+    ),
+    (
+        "sample",
+        "run=shapes:unet prompt=x guidance=2 size=100000",
+        "size=100000: is 10000 million pixels, and at most 67 million are made; make it smaller",
+    ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),

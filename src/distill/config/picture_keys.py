@@ -67,14 +67,15 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
 
 
 def check_size_fits(run: str, size: Any, key: str = "") -> None:
-    """Check that the model makes pictures of this size, if its files are here. `key` is the dotted
-    prefix of the setting.
+    """Check that the model makes pictures of this size, as far as its files are here. `key` is the
+    dotted prefix of the setting.
     """
     folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
     sides = sides_of(family, configurations(folder), f"run={run}") if family else None
+    plain = list(size) if isinstance(size, ListConfig) else size
     if sides and size is not None:
-        plain = list(size) if isinstance(size, ListConfig) else size
         limits.check_sides(plain, None, *sides, key)
+    limits.check_pixels(plain, f"{key}size")
 
 
 def check_guidance(run: str, guidance: float | None, few: bool | None) -> None:

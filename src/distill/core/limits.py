@@ -24,6 +24,7 @@ SHIFT: dict[str, tuple[Any, str]] = {
     "time_shift_type": (str, "exponential or linear"),
 }
 LARGEST_SCALE = 1000  # ours: of guidance and of a LoRA; far above any use, far below overflow
+MOST_PIXELS = 2**26  # ours: of a picture that is read or made, 8192 x 8192
 AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
 # ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
 BYTES_AT_ONCE = 4 * 2**30
@@ -297,6 +298,17 @@ def check_shift(settings: Mapping[str, Any], key: str) -> None:
     if base >= most:
         what = f"must be below max_image_seq_len={most}"
         raise ValueError(f"{key}.base_image_seq_len={base}: {what}")
+
+
+def check_pixels(size: Any, key: str) -> None:
+    """Raise ValueError, naming `key`, for a size of too many pixels: a side, or [width, height].
+    None passes.
+    """
+    pixels = math.prod(size if isinstance(size, Sequence) else [size or 1] * 2)
+    if pixels > MOST_PIXELS:
+        most = f"at most {MOST_PIXELS // 10**6} million are made"
+        what = f"is {pixels // 10**6} million pixels, and {most}; make it smaller"
+        raise ValueError(f"{key}={size}: {what}")
 
 
 def check_sides(
