@@ -627,10 +627,16 @@ WRONG = [
         "data=renders data.size=100000 teacher=shapes_unet",
         "is 10000 million pixels, and at m",
     ),
+    # what a model makes
     (
         "sample",
         "run=shapes:unet prompt=x guidance=2 size=100000",
         "size=100000: is 10000 million pixels, and at most 67 million are made; make it smaller",
+    ),
+    (
+        "sample",
+        "run=shapes:unet_inpaint prompt=x guidance=2 image={here}/wide.png mask={here}/left.png",
+        "left.png: its white lies outside of the crop of the picture to 64x64; give size=[width,he",
     ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),

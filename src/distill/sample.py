@@ -146,6 +146,8 @@ def check(cfg: DictConfig) -> list[str]:
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
     picture_keys.check_size_fits(cfg.run, cfg.size)
+    if cfg.mask is not None:
+        picture_keys.check_white_in_crop(cfg.run, cfg.size, cfg.mask)
     picture_keys.check_guidance(cfg.run, cfg.guidance, picture_keys.is_few_step(cfg.run))
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
@@ -236,8 +238,7 @@ def _around(cfg: DictConfig, model: Any, pixels: Tensor | None) -> Tensor | None
     mask = open_rgb(Path(cfg.mask), "mask=").convert("L").convert("RGB")
     white = to_model_input(mask, width, height)[:, :1].to(pixels.device) >= 0
     if not white.any():
-        what = f"its white lies outside of the crop of the picture to {width}x{height}"
-        raise ValueError(f"mask={cfg.mask}: {what}; give size=[width,height] of its shape")
+        raise picture_keys.without_white(cfg.mask, width, height)
     with torch.no_grad():
         around: Tensor = model.image_of({"pixels": pixels, FILL: white.to(pixels.dtype)})
     return around
