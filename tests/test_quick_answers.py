@@ -638,6 +638,11 @@ WRONG = [
         "run=shapes:unet_inpaint prompt=x guidance=2 image={here}/wide.png mask={here}/left.png",
         "left.png: its white lies outside of the crop of the picture to 64x64; give size=[width,he",
     ),
+    (
+        "evaluate",
+        "run=shapes:unet metrics=prompts metrics.path={here}/four.txt",
+        "run=shapes:unet: was not distilled to few steps; add steps=28 or the like",
+    ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),
