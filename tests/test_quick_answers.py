@@ -643,6 +643,21 @@ WRONG = [
         "run=shapes:unet metrics=prompts metrics.path={here}/four.txt",
         "run=shapes:unet: was not distilled to few steps; add steps=28 or the like",
     ),
+    (
+        "sample",
+        "run=shapes:student prompt=x lora={here}/full.safetensors",
+        "full.safetensors: holds no LoRA, only ['foo.weight']; give a LoRA",
+    ),
+    (
+        "evaluate",
+        "run=shapes:student lora={here}/damaged.safetensors",
+        "damaged.safetensors: cannot be read as weights (",
+    ),
+    (
+        "sample",
+        "run=shapes:student prompt=x lora={here}/picture.png",
+        "picture.png: is no file of weights; give one, as .safetensors",
+    ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
     ("run", "resume={here}/made", "/made: has no checkpoint to resume from"),

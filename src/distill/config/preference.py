@@ -1,16 +1,24 @@
 """Check that the method of a run belongs to its data and sampler, and that a LoRA to add exists."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
+from safetensors import safe_open
 
 from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
 from distill.core.limits import DOES, LARGEST_SCALE, NO_SAMPLES
+from distill.machine.faults import first_line
 from distill.storage import source_code
+from distill.storage.bounded import check_header
 from distill.teachers.families import family
 from distill.teachers.loading import locate
+from distill.terminal.shown import shown
 
+TORCH = (b"PK\x03\x04", b"\x80")  # how files of torch start, new ones and old ones
 PREFERENCES = "distill.data.source.preferences"
 PROMPTS = "distill.data.source.prompts"
+DRAWN = "distill.data.source.drawn"
 SOURCES = ("images", "latents", "drawn", "pairs")
 OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
 
@@ -18,7 +26,6 @@ OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
 def check_preference(cfg: DictConfig) -> None:
     """Raise ValueError for a method of pairs on data without losers or with a few-step sampler, and
     for pairs or the sampler of many steps with another method.
-DRAWN = "distill.data.source.drawn"
     """
     method = str(cfg.method._target_)
     of_pairs, many_steps = (
@@ -42,6 +49,9 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
     if of_pairs and target in OTHERS and not data.get("pairs"):
         what = "this method learns from pairs of a winner and a loser"
         raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
+    if not of_pairs and target == DRAWN and data.get("pairs"):
+        what = "adds losers, which this method does not read; make it false, or choose"
+        raise ValueError(f"data.pairs={data.pairs}: {what} method=dpo sampler=guided")
     if not of_pairs and target == PREFERENCES:
         what = "holds pairs of a preference, which this method does not read"
         raise ValueError(f"data.path={data.path}: {what}; use method=dpo, or data=images")
@@ -49,9 +59,6 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
 
 def check_captions_alone(cfg: DictConfig) -> None:
     """Raise ValueError for captions alone where nothing makes samples of them. A method of one's
-    if not of_pairs and target == DRAWN and data.get("pairs"):
-        what = "adds losers, which this method does not read; make it false, or choose"
-        raise ValueError(f"data.pairs={data.pairs}: {what} method=dpo sampler=guided")
     own may do so itself.
     """
     ours = str(cfg.method._target_).startswith("distill.")
@@ -78,4 +85,29 @@ def check_lora(cfg: DictConfig) -> None:
             raise ValueError(f"lora_scale={scale}: has no effect without lora=; leave it out")
         return
     refuse_generator(shipped(str(cfg.run)), f"lora={cfg.lora}: run={cfg.run}", "leave the LoRA out")
-    locate.check_weights(locate.lora_in(str(cfg.lora)), "lora")
+    file = locate.lora_in(str(cfg.lora))
+    locate.check_weights(file, "lora")
+    if Path(file).is_file():
+        _check_is_lora(str(cfg.lora), Path(file))
+
+
+def _check_is_lora(given: str, file: Path) -> None:
+    """Check by the names of its tensors that a safetensors file is a LoRA, and by its first bytes
+    that another file may be one.
+    """
+    if file.suffix != ".safetensors":
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        if not start.startswith(TORCH):
+            raise ValueError(f"lora={given}: is no file of weights; give one, as .safetensors")
+        return
+    try:
+        check_header(file)
+        with safe_open(file, "numpy") as weights:
+            names = list(weights.keys())
+    except Exception as error:  # damaged files raise nearly anything
+        said = first_line(error, 120).removeprefix(f"{file}: ").removesuffix("; fetch it anew")
+        what = f"cannot be read as weights ({said}); fetch it anew, as .safetensors"
+        raise ValueError(f"lora={given}: {what}") from None
+    if not any("lora" in name for name in names):
+        raise ValueError(f"lora={given}: holds no LoRA, only {shown(names, 60)}; give a LoRA")
