@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data import datasets, decode
+from distill.data import datasets, decode, first
 from distill.data.bad import reasons_of
 from distill.data.datasets import ImageShards, LatentShards, Samples
 from distill.data.named import expand
@@ -513,7 +513,7 @@ def test_bad_samples_that_lie_together_count_no_more_than_others(tmp_path):
     data = ImageShards(path, size=8)
     assert len(keys(loader(data, batch_size=4, seed=0), 300)) == 300
     assert data.failed / data.tried == pytest.approx(40 / 600, rel=0.3)
-    places = {(100 + k * datasets._stride(600)) % 600 for k in range(600)}
+    places = {(100 + k * first.stride(600)) % 600 for k in range(600)}
     assert len(places) == 600
 
 

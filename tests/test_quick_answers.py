@@ -227,8 +227,8 @@ WRONG = [
     ),
     (
         "run",
-        "teacher=shapes_edit data=latents data.path={here}/edits.tar",
-        "edits.tar: this teacher edits, and these latents have no source pictures; make them by d",
+        "teacher=shapes_edit data=latents data.path={here}/cached.tar",
+        "cached.tar: this teacher edits, and these latents have no source pictures; make them by d",
     ),
     ("run", "data=latents data.path={here}/of_edits", "this teacher does not edit; choose one tha"),
     (
@@ -609,6 +609,89 @@ WRONG = [
         "run=shapes:mmdit prompt=x image={here}/x.tar",
         "x.tar: cannot be read as a picture (",
     ),
+    # data of another kind, and first samples that are all bad
+    (
+        "run",
+        f"{PREFERRED}edits.tar",
+        "edits.tar: none of its 1 samples has a winner; a pair is <key>.winner.png, <key>.loser.pn",
+    ),
+    ("run", f"{PREFERRED}cached.tar", "cached.tar: none of its 1 samples has a winner; a pair is "),
+    ("run", f"{PREFERRED}pictures", "is a folder of pictures, and pairs are read from shards; wri"),
+    (
+        "run",
+        f"{PREFERRED}small_pair.tar",
+        "data.size=null: data.path={here}/small_pair.tar holds pictures; give their side in pixels",
+    ),
+    (
+        "run",
+        f"{PREFERRED}small_pair.tar data.size=64",
+        "small_pair.tar: none of its first 1 samples is usable, {here}/small_pair.tar:a: its image"
+        " is 8 x 8, under half of data.size=64; remove it, or make that 16",
+    ),
+    (
+        "run",
+        "experiment=dpo_sdxl data.path={here}/small_pair.tar",
+        "small_pair.tar:a: its image is 8 x 8, under half of data.size=1024; remove it, or make th",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/small_edit.tar",
+        "data.path={here}/small_edit.tar: none of its first 1 samples is usable, {here}/small_edit"
+        ".tar:a: its image is 8 x 8, under half of data.size=64; remove it, or make that 16",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/damaged_edit.tar",
+        "damaged_edit.tar:a: its .source.png does not decode (it is empty, of 0 bytes)",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/cached.tar",
+        "has a source picture; read cached latents by data=latents",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/uncaptioned_edit.tar",
+        "1 of 1 pictures have no caption, a for one; give each a .txt or .caption or .json of its "
+        "name, or take them so by data.max_empty_share=1",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=synthetic data.path={here}/of_edits",
+        "of_edits: holds pictures, of which no noise is known; use data=latents",
+    ),
+    ("run", "data=latents data.path={here}/edits.tar", "has latents; read these by data=pairs"),
+    ("run", "data=latents data.path={here}/winners.tar", "latents; read these by data=preference"),
+    (
+        "run",
+        "data=latents data.path={here}/cached.tar",
+        "its .latent.npy does not decode (it is em",
+    ),
+    (
+        "run",
+        "data=images data.path={here}/edits.tar data.size=64",
+        "; read edit pairs by data=pairs",
+    ),
+    (
+        "run",
+        BARE,
+        "pictures:a.png: its image is 8 x 8, under half of data.size=64; remove it, or make that",
+    ),
+    (
+        "run",
+        f"{BARE} data.buckets=[[32,64],[64,32]]",
+        "its image is 8 x 8, under half of 32 x 64, the nearest of data.buckets; remove it, or add",
+    ),
+    (
+        "cache",
+        "data.path={here}/pictures data.max_empty_share=1 data.size=64 out=o",
+        "pictures:a.png: its image is 8 x 8, under half of data.size=64; remove it, or make that 1",
+    ),
+    (
+        "cache",
+        "teacher=sdxl data.path={here} data.size=65 out=o",
+        "65: must be a multiple of 8 for",
+    ),
     (
         "cache",
         "data.path={here}/pictures data.masks=true out=o",
@@ -622,6 +705,12 @@ WRONG = [
         "ethod=dpo sampler=guided",
     ),
     ("run", "teacher=shapes_inpaint data=renders", "have no masks; give data.masks=true"),
+    (
+        "check",
+        "data.path={here} data.size=null data.buckets=[[64,64]]",
+        "data.size=null: must be pixels a side; leave it out, also with data.buckets, which replac",
+    ),
+    ("run", "data=images data.path={here} data.size=null", "data.size=null: must be pixels a side"),
     (
         "run",
         "data=renders data.size=100000 teacher=shapes_unet",

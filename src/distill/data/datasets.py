@@ -11,13 +11,11 @@ bucket, so that batches can be stacked.
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,20 +24,20 @@ from torch.utils.data import Dataset
 
 from distill.core.limits import check_samples
 from distill.data import decode
-from distill.data.bad import reasons_of
+from distill.data.bad import none_usable, reasons_of
 from distill.data.buckets import Size, nearest
 from distill.data.cache import USUAL_GB, Cache
+from distill.data.first import MAX_IN_A_ROW, check_seeded, stride
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
 from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
-from distill.data.write import EDIT_PAIRS, NULL, PICTURES
+from distill.data.write import EDIT_PAIRS, NULL
 from distill.machine.memory import to_shared_memory
 from distill.terminal.secret import masked
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # with fewer, one bad sample would be a large share
-MAX_IN_A_ROW = 50  # samples tried for one item
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[dict | None, Skipped]  # an item or None, and the bad samples before it
 
@@ -139,7 +137,7 @@ class Samples(Dataset, ABC):
         skipped: Skipped = []
         for ahead in range(min(most, len(peers))):
             try:
-                sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
+                sample = self.shards.read(peers[(start + ahead * stride(len(peers))) % len(peers)])
                 found = self.tensors(sample, bucket)
                 item = {**found, "caption": self.caption(sample), "key": sample["__key__"]}
                 return item, skipped
@@ -212,12 +210,6 @@ def _cache_of(options: Mapping[str, Any]) -> Cache:
     return Cache.of(options.get("cache_dir"), options.get("cache_gb", USUAL_GB))
 
 
-@cache
-def _stride(n: int) -> int:
-    """A step length that passes through all of n positions, with the next one far from the last."""
-    return next(k for k in itertools.count(int(0.618 * n) + 1) if math.gcd(k, n) == 1)
-
-
 class LatentShards(Samples):
     """Cached latents `x0`, float32 [C, h, w], all of the first good one's `shape`.
 
@@ -240,10 +232,8 @@ class LatentShards(Samples):
         **options: Any,
     ):
         folder, self.made = made_of(path, _cache_of(options))
-        if seeded and self.made.get("what") in (PICTURES, EDIT_PAIRS):
-            raise ValueError(
-                f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
-            )
+        if seeded:
+            check_seeded(path, self.made.get("what"))
         own = self.made.get("buckets")
         if buckets and own and not {tuple(b) for b in own} <= {tuple(b) for b in buckets}:
             what = f"are widths and heights in latents here, and these were made in {own}"
@@ -264,9 +254,7 @@ class LatentShards(Samples):
         self._row_of: dict[str, int] = {}  # caption -> its row
         first, skipped = self.find(0)
         if first is None:
-            name, reason = skipped[0]
-            what = f"none of its first {len(skipped)} samples is usable, {name}: {reason}"
-            raise ValueError(f"data.path={path}: {what}")
+            raise none_usable(path, dict(skipped))
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:
@@ -358,7 +346,9 @@ class ImageShards(Samples):
         super().__init__(path, **options)
         self.size = size
         self.check_pictures(path)
-        said = check_captions(path, self.shards.index, self.caption_key, max_empty_share)
+        in_folder = self.shards.of_folder
+        share = max_empty_share
+        said = check_captions(path, self.shards.index, self.caption_key, share, in_folder=in_folder)
         # In shards, and with another key, a sample without a caption is bad, unless permitted.
         taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
         if said and taken:

@@ -48,6 +48,13 @@ def image_size(sample: dict, part: str = "") -> tuple[int, int]:
     return picture.size[::-1] if turned else picture.size
 
 
+def check_same_size(sample: dict, source: tuple[int, int], target: tuple[int, int]) -> None:
+    """Raise BadSample for an edit pair of two sizes."""
+    if source != target:
+        sizes = f"{source[0]} x {source[1]}, its target {target[0]} x {target[1]}"
+        raise BadSample(sample, f"its source is {sizes}; a pair must have one size")
+
+
 def check_large(sample: dict, has: tuple[int, int], width: int, height: int | None = None) -> None:
     """Raise BadSample for a picture of which the crop is less than half as wide: enlarged that
     much, it would teach blur. A `height` is that of a bucket; None is a square of data.size.
