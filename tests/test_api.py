@@ -375,6 +375,10 @@ def test_data_that_do_not_fit_the_teacher_are_refused(teachers, tmp_path, comman
     [
         (lambda s, m, t: distill.sample_images(s, m, "a star"), r"prompts=a star: must be a list"),
         (lambda s, m, t: distill.sample_images(s, m, ["x"], guidance=2), "guidance=2: a student"),
+        (
+            lambda s, m, t: distill.sample_images(s, t, ["x"], guidance=1e40),
+            r"guidance=1e\+40: must be from 0 to 1000",
+        ),
         (lambda s, m, t: distill.sample_images(s, t, ["x"]), "guidance=None: a teacher was not"),
         (lambda s, m, t: distill.sample_images(s, m, ["x"], steps=0), "steps=0: must be a whole"),
         (lambda s, m, t: distill.sample_images(s, m, ["x"], precision="x"), "precision=x: is not"),

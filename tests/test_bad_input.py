@@ -494,12 +494,8 @@ def test_captions_in_the_wrong_form(refused, tmp_path):
             "cache": [*data[1:], f"out={tmp_path / 'made'}"],
         }.items():
             said = refused(name, *arguments)
-            reason = (
-                f"{path}:" in said and "its .json has no text under 'caption' or 'text'" in said
-            )
-            assert reason or said.endswith(
-                "made: all 3 samples are bad; `python -m distill.check` says why"
-            ), said
+            assert said.startswith(f"data.path={path}: "), said
+            assert "its .json has no text under 'caption' or 'text'" in said
         assert not (tmp_path / "made").exists()
         assert not list(tmp_path.glob("run/checkpoints/*"))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -611,7 +607,10 @@ BAD = {
     "half": ({"png": png(64, 64)[:500], "txt": b"c"}, "does not decode"),
     "mute": ({"png": png(64, 64)}, "it has no caption"),
     "latin": ({"png": png(64, 64), "txt": "Bär".encode("latin-1")}, "is not UTF-8"),
-    "small": ({"png": png(40, 31), "txt": b"c"}, "its image is 40 x 31, under half of 64 a side"),
+    "small": (
+        {"png": png(40, 31), "txt": b"c"},
+        "its image is 40 x 31, under half of data.size=64",
+    ),
 }
 
 
@@ -653,9 +652,10 @@ def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused
     ]
     said = refused("run", *run, f"data.num_workers={workers}", "callbacks.samples.every=1000")
     assert (
-        "samples tried are bad, more than data.max_bad_share=0.1: repair the data or raise the"
+        "samples tried are bad, more than data.max_bad_share=0.1; repair the data, or raise the"
         " share." in said
     )
+    assert said.startswith(f"data.path={path}: ")
     assert f"{path}:" in said
     if (
         workers == 0

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data import datasets, decode
+from distill.data import datasets, decode, first
+from distill.data.bad import reasons_of
 from distill.data.datasets import ImageShards, LatentShards, Samples
 from distill.data.named import expand
 from distill.data.shards import Shards
@@ -512,7 +513,7 @@ def test_bad_samples_that_lie_together_count_no_more_than_others(tmp_path):
     data = ImageShards(path, size=8)
     assert len(keys(loader(data, batch_size=4, seed=0), 300)) == 300
     assert data.failed / data.tried == pytest.approx(40 / 600, rel=0.3)
-    places = {(100 + k * datasets._stride(600)) % 600 for k in range(600)}
+    places = {(100 + k * first.stride(600)) % 600 for k in range(600)}
     assert len(places) == 600
 
 
@@ -528,7 +529,7 @@ def test_a_few_more_bad_ones_than_expected_are_chance(tmp_path):
         data.account(0, [("x", "bad")] * 9, needed=False)
     with pytest.raises(ValueError, match=r"data\.max_bad_share=2: must be a share, from 0 to 1"):
         ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=2)
-    with pytest.raises(ValueError, match="more than data.max_bad_share=0:"):
+    with pytest.raises(ValueError, match="more than data.max_bad_share=0; "):
         ImageShards(str(tmp_path / "x.tar"), size=8, max_bad_share=0).account(30, [("x", "bad")])
 
 
@@ -544,7 +545,8 @@ def test_a_size_that_is_none_is_refused(size, tmp_path):
 def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
     path = put_images(tmp_path / "x.tar", 40, broken=frozenset(range(0, 40, 4)))
     data = ImageShards(path, size=8)
-    message = r"\d+ of \d+ samples tried are bad, more than data.max_bad_share=0.1: "
+    message = rf"data.path={path}: \d+ of \d+ samples tried are bad, "
+    message += "more than data.max_bad_share=0.1; "
     message += rf".*The first: {path}:\d+: its .png does.*"
     assert re.fullmatch(message, complaint(loader(data, batch_size=4, seed=0, num_workers=workers)))
     assert data.tried >= datasets.MIN_TRIED
@@ -554,12 +556,10 @@ def test_too_many_bad_samples_stop_the_run(tmp_path, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_bad_samples(tmp_path, workers):
-    data = ImageShards(
-        put_images(tmp_path / "x.tar", 6, broken=frozenset(range(6))), size=8, max_bad_share=1.0
-    )
-    message = (
-        r"\d+ of \d+ samples tried are bad, the last \d+ in a row: repair the data\. The first: .*"
-    )
+    path = put_images(tmp_path / "x.tar", 6, broken=frozenset(range(6)))
+    data = ImageShards(path, size=8, max_bad_share=1.0)
+    message = rf"data.path={path}: \d+ of \d+ samples tried are bad, the last \d+ in a row; "
+    message += r"repair the data\. The first: .*"
     assert re.fullmatch(message, complaint(loader(data, batch_size=2, seed=0, num_workers=workers)))
 
 
@@ -767,3 +767,8 @@ def test_few_workers_are_as_asked(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("a star\n", encoding="utf-8")
     assert prompts(str(path), batch_size=1, num_workers=0).workers == 0
+
+
+def test_equal_reasons_are_said_once():
+    bad = {"x:1": "too small", "x:2": "too small", "x:3": "empty"}
+    assert reasons_of(bad) == "The first: x:1: too small; x:3: empty"

@@ -192,7 +192,7 @@ def test_what_was_typed_cannot_become_markup(studio):
         (["steps=[1,x]"], "must be numbers of steps"),
         (["steps=0"], "steps=0: must be numbers of steps"),
         (["strength=0"], "strength=0: must be above 0 and at most 1"),
-        (["guidance=0.5"], "guidance=0.5: must be 1 (none) or more"),
+        (["guidance=0.5"], "guidance=0.5: must be from 1 to 1000"),
         (["count=0"], "count=0: must be a whole number, 1 or more"),
         (["open=maybe"], "open=maybe: must be true or false"),
         (["port=-1"], "port=-1: must be a whole number, 0 or more"),

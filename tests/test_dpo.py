@@ -237,7 +237,9 @@ WRONG = {
 def test_a_bad_pair_is_named_in_one_sentence(name, tmp_path):
     files, reason = WRONG[name]
     path = put(tmp_path / "x.tar", {**files, "1.txt": b"a"})
-    with pytest.raises(ValueError, match=rf"none of its first 1 pairs is usable.*{reason}") as said:
+    with pytest.raises(
+        ValueError, match=rf"none of its first 1 samples is usable.*{reason}"
+    ) as said:
         source.preferences(str(path), batch_size=1, size=16)
     assert "\n" not in str(said.value)
 

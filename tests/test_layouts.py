@@ -241,7 +241,8 @@ def test_captions_that_say_nothing_are_refused(workers, tmp_path, command):
     except ValueError as error:  # only text is kept: a traceback keeps workers alive
         said = str(error)
     assert re.fullmatch(
-        r"\d+ of \d+ captions are empty, more than data.max_empty_share=0.5: .*", said
+        r"data.path=.*x.tar: \d+ of \d+ captions are empty, more than data.max_empty_share=0.5; .*",
+        said,
     )
     code, out, _ = command("check", f"data.path={path}", "data.size=8", "data.num_workers=0")
     assert code == 1

@@ -205,7 +205,8 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
     path = pictures(tmp_path / "bad.tar", 40, tuple(range(1, 40, 2)))
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
-    assert "more than data.max_bad_share=0.1: repair the data or raise the share" in err
+    assert f"distill: data.path={path}: " in err
+    assert "more than data.max_bad_share=0.1; repair the data, or raise the share" in err
     assert "it has no caption (txt, caption, json), only png" in err
     only = ["data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "out=other"]
     assert (
@@ -220,8 +221,9 @@ def test_a_cache_without_a_usable_picture_leaves_nothing(command, asked, tmp_pat
     path = put_tar(tmp_path / "bad.tar", files)
     share = "data.max_bad_share=1"
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", share, "out=made")
-    said = "out=made: all 6 samples are bad; `python -m distill.check` says why"
-    assert (code, err.splitlines()[-1]) == (1, f"distill: {said}")
+    said = f"data.path={path}: all 6 samples are bad; repair them. The first: {path}:000: its .png"
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"distill: {said} does not decode (")
     assert not (tmp_path / "made").exists()
 
 
@@ -230,8 +232,10 @@ def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):
     code, _, err = command("cache", *asked["cache"], f"data.path={path}", "out=made")
     assert code == 1
     assert (
-        "out=made: 3 of 12 samples are bad, more than data.max_bad_share=0.1; raise it, or" in err
-    )
+        f"data.path={path}: 3 of 12 samples are bad, more than data.max_bad_share=0.1; raise it, or"
+        " repair them and choose another out=. The first: "
+    ) in err
+    assert f"{path}:001: it has no caption (txt, caption, json), only png" in err
     assert (
         command(
             "cache", *asked["cache"], f"data.path={path}", "out=made", "data.max_bad_share=0.3"
@@ -546,7 +550,10 @@ def test_check_says_what_is_wrong_and_how_much(command, tmp_path):
     )
     assert code == 1
     assert "0 of 4 samples are good" in out
-    assert "        4  its image is 64 x 64, under half of 200 a side" in out
+    assert (
+        "        4  its image is 64 x 64, under half of data.size=200; remove it, or make that 128"
+        in out
+    )
 
 
 def test_one_fault_is_one_reason(command, tmp_path):

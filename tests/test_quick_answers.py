@@ -10,13 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from distill.data.write import EDIT_PAIRS
 from tiny import put_tar
 
 PAIRED = "method=dpo sampler=guided data=renders data.pairs=true"
+BARE = "data=images data.path={here}/pictures data.size=64 data.max_empty_share=1"
+PREFERRED = "experiment=dpo_lora_shapes data.path={here}/"
 MASKED = "teacher=sd_inpaint data=renders data.masks="
 MADE = (
     "data=prompts data.path={here}/prompts.txt "
@@ -57,8 +61,8 @@ WRONG = [
     ("run", "callbacks.samples.every=0", "callbacks.samples.every=0: must be a whole number"),
     ("sample", "run={here} prompt=x steps=few", "steps=few: must be a whole number, 1 or more"),
     ("sample", "run={here} prompt=x guidance=x", "guidance=x: must be a number"),
-    ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be a finite number, 0 or"),
-    ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be a finite number, 0 or"),
+    ("sample", "run={here} prompt=x guidance=nan", "guidance=nan: must be from 0 to 1000"),
+    ("sample", "run={here} prompt=x guidance=-2", "guidance=-2: must be from 0 to 1000"),
     ("sample", "run={here}/unet prompt=x strength=0.5", "strength=0.5: has no effect without a st"),
     (
         "export",
@@ -96,17 +100,61 @@ WRONG = [
         "run=shapes:unet metrics=shapes_edit",
         "does not edit pictures; use metrics=",
     ),
-    ("synthesize", "prompts={here}/prompts.txt out=o guidance=inf", "guidance=inf: must be a fin"),
+    ("sample", "run={here} prompt=x guidance=1e40", "guidance=1e+40: must be from 0 to 1000"),
+    (
+        "sample",
+        "run={here} prompt=x image_guidance=1e40",
+        "image_guidance=1e+40: must be from 0 to",
+    ),
+    (
+        "sample",
+        "run={here} prompt=x lora=x lora_scale=1e39",
+        "lora_scale=1e+39: must be a number fr",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet lora=x lora_scale=1e39",
+        "lora_scale=1e+39: must be a number from",
+    ),
+    (
+        "run",
+        "method.distill.guidance=[1,1e40]",
+        "must be a number, or least and largest of a range, ",
+    ),
+    (
+        "run",
+        "sampler.guidance=1e40 sampler=guided",
+        "sampler.guidance=1e+40: must be from 0 to 1000",
+    ),
+    (
+        "sample",
+        "run={here}/unet prompt=x lora=",
+        "lora: is empty; give the file of a LoRA, or leave",
+    ),
+    (
+        "evaluate",
+        "run={here}/unet lora=",
+        "lora: is empty; give the file of a LoRA, or leave lora= o",
+    ),
+    (
+        "synthesize",
+        "prompts={here}/prompts.txt out=o guidance=inf",
+        "guidance=inf: must be from 0 to 1000",
+    ),
     (
         "synthesize",
         "teacher=shapes_edit prompts={here}/prompts.txt out=o",
         "teacher: a StableDiffusionInstructPix2PixPipeline reads pictures beside the caption, and",
     ),
-    ("evaluate", "run={here}/unet metrics.guidance=nan", "metrics.guidance=nan: must be 0 or more"),
+    (
+        "evaluate",
+        "run={here}/unet metrics.guidance=nan",
+        "metrics.guidance=nan: must be from 0 to 1000",
+    ),
     (
         "run",
         "experiment=inpaint_shapes data.masks=false",
-        "these data have no masks; use data=i",
+        "these data have no masks; give data.masks=true",
     ),
     (
         "run",
@@ -179,8 +227,8 @@ WRONG = [
     ),
     (
         "run",
-        "teacher=shapes_edit data=latents data.path={here}/edits.tar",
-        "edits.tar: this teacher edits, and these latents have no source pictures; make them by d",
+        "teacher=shapes_edit data=latents data.path={here}/cached.tar",
+        "cached.tar: this teacher edits, and these latents have no source pictures; make them by d",
     ),
     ("run", "data=latents data.path={here}/of_edits", "this teacher does not edit; choose one tha"),
     (
@@ -202,7 +250,7 @@ WRONG = [
     ),
     ("demo", "run=shapes:unet_edit", "edits pictures, and the demonstration makes whole ones; use"),
     ("demo", "run=shapes:unet teacher=shapes:unet_inpaint", "teacher=shapes:unet_inpaint: fills"),
-    ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be 1 (none) or more"),
+    ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be from 1 to 1000"),
     (
         "evaluate",
         "run=shapes:unet_edit metrics=prompts metrics.path={here}/prompts.txt",
@@ -261,7 +309,7 @@ WRONG = [
         "predicts eps",
     ),
     ("run", "optimizer.student.lr=inf", "optimizer.student.lr=inf: must be a finite number"),
-    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be 0 or more"),
+    ("run", "method.distill.guidance=nan", "method.distill.guidance=nan: must be from 0 to 1000"),
     ("run", "optimizer.student.betas=[0.0,inf]", "student.betas[1]=inf: must be a finite number"),
     ("run", "discriminator.heads.kernel=2", "discriminator.heads.kernel=2: must be odd; use 3"),
     ("run", "discriminator.heads.width=0", "discriminator.heads.width=0: must be 1 or more"),
@@ -551,7 +599,7 @@ WRONG = [
     ),
     (
         "run",
-        "method=dpo sampler=guided data=preference data.path={here}/x.tar data.size=60",
+        "method=dpo sampler=guided data=preference data.path={here}/small_pair.tar data.size=60",
         "data.size=60: must be a multiple of 8 for this teacher; use 56 or 64",
     ),
     ("cache", "teacher=sd_inpaint data.path={here} out=o", "reads masks, which are drawn on pictu"),
@@ -560,6 +608,144 @@ WRONG = [
         "sample",
         "run=shapes:mmdit prompt=x image={here}/x.tar",
         "x.tar: cannot be read as a picture (",
+    ),
+    # data of another kind, and first samples that are all bad
+    (
+        "run",
+        f"{PREFERRED}edits.tar",
+        "edits.tar: none of its 1 samples has a winner; a pair is <key>.winner.png, <key>.loser.pn",
+    ),
+    ("run", f"{PREFERRED}cached.tar", "cached.tar: none of its 1 samples has a winner; a pair is "),
+    ("run", f"{PREFERRED}pictures", "is a folder of pictures, and pairs are read from shards; wri"),
+    (
+        "run",
+        f"{PREFERRED}small_pair.tar",
+        "data.size=null: data.path={here}/small_pair.tar holds pictures; give their side in pixels",
+    ),
+    (
+        "run",
+        f"{PREFERRED}small_pair.tar data.size=64",
+        "small_pair.tar: none of its first 1 samples is usable, {here}/small_pair.tar:a: its image"
+        " is 8 x 8, under half of data.size=64; remove it, or make that 16",
+    ),
+    (
+        "run",
+        "experiment=dpo_sdxl data.path={here}/small_pair.tar",
+        "small_pair.tar:a: its image is 8 x 8, under half of data.size=1024; remove it, or make th",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/small_edit.tar",
+        "data.path={here}/small_edit.tar: none of its first 1 samples is usable, {here}/small_edit"
+        ".tar:a: its image is 8 x 8, under half of data.size=64; remove it, or make that 16",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/damaged_edit.tar",
+        "damaged_edit.tar:a: its .source.png does not decode (it is empty, of 0 bytes)",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/cached.tar",
+        "has a source picture; read cached latents by data=latents",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=pairs data.path={here}/uncaptioned_edit.tar",
+        "1 of 1 pictures have no caption, a for one; give each a .txt or .caption or .json of its "
+        "name, or take them so by data.max_empty_share=1",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=synthetic data.path={here}/of_edits",
+        "of_edits: holds pictures, of which no noise is known; use data=latents",
+    ),
+    ("run", "data=latents data.path={here}/edits.tar", "has latents; read these by data=pairs"),
+    ("run", "data=latents data.path={here}/winners.tar", "latents; read these by data=preference"),
+    (
+        "run",
+        "data=latents data.path={here}/cached.tar",
+        "its .latent.npy does not decode (it is em",
+    ),
+    (
+        "run",
+        "data=images data.path={here}/edits.tar data.size=64",
+        "; read edit pairs by data=pairs",
+    ),
+    (
+        "run",
+        BARE,
+        "pictures:a.png: its image is 8 x 8, under half of data.size=64; remove it, or make that",
+    ),
+    (
+        "run",
+        f"{BARE} data.buckets=[[32,64],[64,32]]",
+        "its image is 8 x 8, under half of 32 x 64, the nearest of data.buckets; remove it, or add",
+    ),
+    (
+        "cache",
+        "data.path={here}/pictures data.max_empty_share=1 data.size=64 out=o",
+        "pictures:a.png: its image is 8 x 8, under half of data.size=64; remove it, or make that 1",
+    ),
+    (
+        "cache",
+        "teacher=sdxl data.path={here} data.size=65 out=o",
+        "65: must be a multiple of 8 for",
+    ),
+    (
+        "cache",
+        "data.path={here}/pictures data.masks=true out=o",
+        "data.masks=True: masks are drawn while a model trains, and cached latents have none; make"
+        " it false, or train by data=images data.masks=true",
+    ),
+    (
+        "run",
+        "data=renders data.pairs=true",
+        "data.pairs=True: adds losers, which this method does not read; make it false, or choose m"
+        "ethod=dpo sampler=guided",
+    ),
+    ("run", "teacher=shapes_inpaint data=renders", "have no masks; give data.masks=true"),
+    (
+        "check",
+        "data.path={here} data.size=null data.buckets=[[64,64]]",
+        "data.size=null: must be pixels a side; leave it out, also with data.buckets, which replac",
+    ),
+    ("run", "data=images data.path={here} data.size=null", "data.size=null: must be pixels a side"),
+    (
+        "run",
+        "data=renders data.size=100000 teacher=shapes_unet",
+        "is 10000 million pixels, and at m",
+    ),
+    # what a model makes
+    (
+        "sample",
+        "run=shapes:unet prompt=x guidance=2 size=100000",
+        "size=100000: is 10000 million pixels, and at most 67 million are made; make it smaller",
+    ),
+    (
+        "sample",
+        "run=shapes:unet_inpaint prompt=x guidance=2 image={here}/wide.png mask={here}/left.png",
+        "left.png: its white lies outside of the crop of the picture to 64x64; give size=[width,he",
+    ),
+    (
+        "evaluate",
+        "run=shapes:unet metrics=prompts metrics.path={here}/four.txt",
+        "run=shapes:unet: was not distilled to few steps; add steps=28 or the like",
+    ),
+    (
+        "sample",
+        "run=shapes:student prompt=x lora={here}/full.safetensors",
+        "full.safetensors: holds no LoRA, only ['foo.weight']; give a LoRA",
+    ),
+    (
+        "evaluate",
+        "run=shapes:student lora={here}/damaged.safetensors",
+        "damaged.safetensors: cannot be read as weights (",
+    ),
+    (
+        "sample",
+        "run=shapes:student prompt=x lora={here}/picture.png",
+        "picture.png: is no file of weights; give one, as .safetensors",
     ),
     # folders and files
     ("run", "resume=nothing", "resume=nothing: not a run folder (it has no config.yaml)"),
@@ -678,6 +864,20 @@ def prepared(here: Path) -> Path:
         )
     put_tar(here / "edits.tar", dict.fromkeys(("a.source.png", "a.target.png", "a.txt"), b""))
     put_tar(here / "winners.tar", dict.fromkeys(("a.winner.png", "a.loser.png"), b""))
+    put_tar(here / "cached.tar", {"a.latent.npy": b"", "a.txt": b"x"})
+    picture = (here / "picture.png").read_bytes()  # 8 x 8
+    for name, sides in {"edit": ("source", "target"), "pair": ("winner", "loser")}.items():
+        files = {f"a.{side}.png": picture for side in sides}
+        put_tar(here / f"small_{name}.tar", {**files, "a.txt": b"x"})
+        put_tar(here / f"uncaptioned_{name}.tar", files)
+        put_tar(here / f"damaged_{name}.tar", {**dict.fromkeys(files, b""), "a.txt": b"x"})
+    (here / "four.txt").write_text("a red star\n" * 4, encoding="utf-8")
+    wide = Image.new("L", (96, 64))
+    wide.save(here / "wide.png")
+    wide.paste(255, (0, 0, 8, 64))
+    wide.save(here / "left.png")
+    save_file({"foo.weight": np.zeros(2, np.float32)}, here / "full.safetensors")
+    (here / "damaged.safetensors").write_bytes(b"not weights")
     put_tar(here / "of_edits" / "x.tar", {"a.latent.npy": b""})
     (here / "of_edits" / "manifest.json").write_text(
         json.dumps({"what": EDIT_PAIRS}), encoding="utf-8"
@@ -707,9 +907,9 @@ def prepared(here: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> list:
-    """What was answered to each of WRONG, by one process, in a folder of its own; that nothing was
-    made there.
+def answers(tmp_path_factory) -> tuple[str, list]:
+    """A folder, and what was answered to each of WRONG, by one process, in a folder of its own;
+    that nothing was made there.
     """
     here, elsewhere = (tmp_path_factory.mktemp(name) for name in ("here", "elsewhere"))
     prepared(here)
@@ -726,16 +926,16 @@ def answers(tmp_path_factory) -> list:
     )
     assert done.returncode == 0, done.stderr
     assert not list(elsewhere.iterdir())
-    return json.loads(done.stdout)
+    return str(here), json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("i", range(len(WRONG)), ids=[f"{n} {words}" for n, words, _ in WRONG])
 def test_a_mistake_is_named_and_nothing_heavy_is_imported(i, answers):
-    code, err, heavy = answers[i]
+    here, (code, err, heavy) = answers[0], answers[1][i]
     assert code == 1, err
     assert err.startswith("distill: "), err
     assert err.count("\n") == 1, err
-    assert WRONG[i][2] in err
+    assert WRONG[i][2].replace("{here}", here) in err
     assert not heavy
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distill.config import picture_units, validate
+from distill.config.data_files import check_first_samples
 from distill.config.editing import EDIT_PAIRS
 from distill.config.errors import command
 from distill.data import begun_job
@@ -74,14 +75,12 @@ def encode(cfg: DictConfig, folder: Path) -> int:
 
     job.make(samples)
     cell, buckets = teacher.unit // teacher.patch, source.dataset.buckets
-    about = {
-        "what": ENCODED_PAIRS if pairs else PICTURES,
-        **shard_job.of_teacher(cfg),
-        "data": cfg.data.path,
-    }
+    what = ENCODED_PAIRS if pairs else PICTURES
+    about = {"what": what, **shard_job.of_teacher(cfg), "data": cfg.data.path}
     about["size"] = None if buckets else [cfg.data.size] * 2
     about["buckets"] = [[side // cell for side in bucket] for bucket in buckets] or None
-    job.finish(source.dataset.max_bad_share, **about, embeddings=cfg.embeddings)
+    bad = source.dataset.bad
+    job.finish(source.dataset.max_bad_share, bad, **about, embeddings=cfg.embeddings)
     return 0
 
 
@@ -102,9 +101,13 @@ def check(cfg: DictConfig) -> None:
     if facts is not None and facts.image == "mask":
         what = f"a {facts.kind_name()} reads masks, which are drawn on pictures and not on latents"
         raise ValueError(f"teacher: {what}; train it by data=images data.masks=true")
+    if masks := cfg.data.get("masks"):
+        what = "masks are drawn while a model trains, and cached latents have none; make it false"
+        raise ValueError(f"data.masks={masks}: {what}, or train by data=images data.masks=true")
     validate.check_data(cfg.data)
     begun_job.check_shard_job(cfg)
-    picture_units.check_fit(cfg.data, cfg.teacher)
+    picture_units.check_fit(cfg.data, cfg.teacher, published=True)
+    check_first_samples(cfg.data)
 
 
 @command("cache", hint=RERUN)

@@ -38,6 +38,7 @@ from distill.storage.locks import check_free, one_writer
 from distill.terminal.progress import importing
 from distill.training.run_folders import check_ours
 
+NOT_FEW = "run={}: was not distilled to few steps; add steps=28 or the like"
 COMMAND_FILE = "evaluation/asked.yaml"  # read by the other processes of the command
 
 
@@ -128,6 +129,7 @@ def check(cfg: DictConfig) -> None:
         if (family := picture_keys.family_of_run(cfg.run)) is not None:
             judged.check_protocol(cfg.metrics, family.image)
         read_unchecked(cfg.run, "discriminator.features")
+        _check_steps_known(cfg)
     if cfg.get("teacher"):
         validate.check_teacher(cfg.teacher)
     else:
@@ -135,6 +137,15 @@ def check(cfg: DictConfig) -> None:
     if cfg.out:
         check_ours(Path(cfg.out), "out", "evaluation.json", "report.html")
     check_free(_out(cfg), "out" if cfg.out else "run")
+
+
+def _check_steps_known(cfg: DictConfig) -> None:
+    """Check that a model of many steps is evaluated in some number of them."""
+    needed = "measures" in cfg.metrics and not cfg.metrics.get("teacher_steps")
+    if not needed or cfg.steps or is_run(cfg.run):
+        return
+    if picture_keys.is_few_step(cfg.run) is False:
+        raise ValueError(NOT_FEW.format(cfg.run))
 
 
 def _check_lora(cfg: DictConfig) -> None:
@@ -207,9 +218,7 @@ def _models(cfg: DictConfig, protocol: Any) -> tuple[Any, Any, Any, Any]:
     if not is_run(cfg.run) and not distilled(model.pipeline):  # the model itself is a teacher
         steps = protocol.student_steps if cfg.steps else protocol.teacher_steps
         if not steps:
-            raise ValueError(
-                f"run={cfg.run}: was not distilled to few steps; add steps=28 or the like"
-            )
+            raise ValueError(NOT_FEW.format(cfg.run))
         return replace(protocol, teacher_steps=steps, student_steps=[]), None, model, None
     node = cfg.get("teacher") or (config_of(cfg.run, "teacher") or {}).get("teacher")
     if not protocol.teacher_steps or not node:

@@ -33,7 +33,7 @@ from distill.config.compose import check_counts, file_name
 from distill.config.errors import command
 from distill.config.preference import check_lora
 from distill.config.videos import check_text_alone
-from distill.core.limits import check_dtype, drawn_at_once
+from distill.core.limits import check_dtype, check_guidance, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
 from distill.storage.atomic import write_atomic
@@ -117,7 +117,10 @@ def _generate_all(
 def check(cfg: DictConfig) -> list[str]:
     """The prompts. Raises ValueError or OSError for wrong settings, before slow imports."""
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
-    validate.check_number(cfg, "guidance", "image_guidance", "strength")
+    for key in ("guidance", "image_guidance"):
+        if cfg[key] is not None:
+            check_guidance(cfg[key], key)
+    validate.check_number(cfg, "strength")
     validate.check_size(cfg.size)
     if cfg.negative is not None and cfg.guidance is None:
         raise ValueError("negative: has no effect without guidance; add guidance=")
@@ -143,6 +146,8 @@ def check(cfg: DictConfig) -> list[str]:
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
     picture_keys.check_size_fits(cfg.run, cfg.size)
+    if cfg.mask is not None:
+        picture_keys.check_white_in_crop(cfg.run, cfg.size, cfg.mask)
     picture_keys.check_guidance(cfg.run, cfg.guidance, picture_keys.is_few_step(cfg.run))
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
@@ -233,8 +238,7 @@ def _around(cfg: DictConfig, model: Any, pixels: Tensor | None) -> Tensor | None
     mask = open_rgb(Path(cfg.mask), "mask=").convert("L").convert("RGB")
     white = to_model_input(mask, width, height)[:, :1].to(pixels.device) >= 0
     if not white.any():
-        what = f"its white lies outside of the crop of the picture to {width}x{height}"
-        raise ValueError(f"mask={cfg.mask}: {what}; give size=[width,height] of its shape")
+        raise picture_keys.without_white(cfg.mask, width, height)
     with torch.no_grad():
         around: Tensor = model.image_of({"pixels": pixels, FILL: white.to(pixels.dtype)})
     return around

@@ -1,18 +1,15 @@
 """Edit pairs are for models that edit, masks for those that fill. Nothing here imports torch."""
 
-from pathlib import Path
-
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config.compose import shipped
 from distill.config.paths import SHIPPED
 from distill.core.limits import DOES
 from distill.core.odds import check_masks
-from distill.data import stores, write
-from distill.data.named import expand
+from distill.data import write
+from distill.data.first import made_as
 from distill.evaluation import judged
 from distill.storage import source_code
-from distill.storage.bounded import mapping_of
 from distill.teachers.families import Family, family
 
 OWN_SOURCES = "distill.data.source."
@@ -23,6 +20,7 @@ SHIPPED_DATA = "shapes:latents"
 UNGUIDED = "a {} is not guided by its source picture"
 WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
 GIVE_PAIRS = "give edit pairs by data=pairs data.path=<shards>"
+MASKABLE = ("distill.data.source.images", DRAWN)
 GIVE_MASKED = "use data=images data.masks=true data.path=<folder>"
 OF_SHAPES = "use experiment={} without data=, which has data of shapes, or "
 GUIDANCES = ("method.distill", "method.real", "metrics")  # nodes with `image_guidance`
@@ -60,8 +58,8 @@ def _check_cached(path: str, family: Family) -> None:
     if family.image == "source" and path == SHIPPED_DATA:
         how = OF_SHAPES.format("edit_shapes") + GIVE_PAIRS
         raise ValueError(f"data: {_no_sources(family)} (they are {SHIPPED_DATA}); {how}")
-    if (of_edits := _cached_pairs(shipped(path))) is not None:
-        check_cached_pairs(path, of_edits, family.image == "source")
+    if (made := made_as(shipped(path))) is not None:
+        check_cached_pairs(path, made == write.EDIT_PAIRS, family.image == "source")
 
 
 def check_cached_pairs(path: str, of_edits: bool, edits: bool) -> None:
@@ -73,18 +71,6 @@ def check_cached_pairs(path: str, of_edits: bool, edits: bool) -> None:
     if of_edits:
         what = "they are of edit pairs, and this teacher does not edit; choose one that does"
     raise ValueError(f"data.path={path}: {what}")
-
-
-def _cached_pairs(path: str) -> bool | None:
-    """Whether latents are of edit pairs; None if that is not known yet."""
-    if stores.is_url(path):
-        return None
-    manifest = Path(expand(path)[0]).parent / write.MANIFEST
-    try:
-        found = mapping_of(manifest) if manifest.is_file() else {}
-    except ValueError:  # said with its remedy when the data are opened
-        return None
-    return found.get("what") == write.EDIT_PAIRS
 
 
 def _no_editor(family: Family) -> str:
@@ -110,6 +96,8 @@ def check_masks_fit(data: DictConfig, family: Family | None) -> None:
         what = f"a {family.kind_name()} {DOES['mask']}, and these data have no masks"
         of_shapes = data.get("path") == SHIPPED_DATA
         how = (OF_SHAPES.format("inpaint_shapes") if of_shapes else "") + GIVE_MASKED
+        if target in MASKABLE:
+            how = "give data.masks=true"
         raise ValueError(f"data: {what}; {how}")
     if family.image != "mask" and masks:
         what = f"are for an inpainting model, and a {family.kind_name()} is none"

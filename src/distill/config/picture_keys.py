@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import ListConfig
-from PIL import Image
+from PIL import Image, ImageOps
 
-from distill.config.compose import shipped
+from distill.config.compose import config_of, shipped
 from distill.core import limits
 from distill.storage import formats
 from distill.teachers import families
 from distill.teachers.loading import locate
-from distill.teachers.loading.settings import configurations, sides_of
+from distill.teachers.loading.settings import configurations, pixels_of, sides_of
 
 READERS = {"mask": "image= and mask=", "source": "image="}  # keys of `sample` for pictures
 
@@ -67,14 +67,15 @@ def refuse_readers(run: str, command: str, key: str = "run") -> None:
 
 
 def check_size_fits(run: str, size: Any, key: str = "") -> None:
-    """Check that the model makes pictures of this size, if its files are here. `key` is the dotted
-    prefix of the setting.
+    """Check that the model makes pictures of this size, as far as its files are here. `key` is the
+    dotted prefix of the setting.
     """
     folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
     sides = sides_of(family, configurations(folder), f"run={run}") if family else None
+    plain = list(size) if isinstance(size, ListConfig) else size
     if sides and size is not None:
-        plain = list(size) if isinstance(size, ListConfig) else size
         limits.check_sides(plain, None, *sides, key)
+    limits.check_pixels(plain, f"{key}size")
 
 
 def check_guidance(run: str, guidance: float | None, few: bool | None) -> None:
@@ -148,6 +149,38 @@ def check_mask(image: str | None, size: tuple[int, int] | None, mask: str) -> No
         raise ValueError(f"mask={mask}: {what}; save it white where to fill, and black elsewhere")
     if painted.convert("RGB").convert("L").getextrema()[1] < 128:
         raise ValueError(f"mask={mask}: has no white, so nothing to fill; paint what to fill white")
+
+
+def check_white_in_crop(run: str, size: Any, mask: str) -> None:
+    """Check that there is something to fill in the crop of the picture to what the model makes."""
+    sides = _made_by(run, size)
+    if sides is None:
+        return
+    painted = _opened("mask", mask).convert("RGB").convert("L")
+    if ImageOps.fit(painted, sides).getextrema()[1] < 128:
+        raise without_white(mask, *sides)
+
+
+def without_white(mask: str, width: int, height: int) -> ValueError:
+    """The error for a mask with nothing to fill in the crop of the picture to these sides."""
+    what = f"its white lies outside of the crop of the picture to {width}x{height}"
+    return ValueError(f"mask={mask}: {what}; give size=[width,height] of its shape")
+
+
+def _made_by(run: str, size: Any) -> tuple[int, int] | None:
+    """Width and height of the pictures of a model; None where its files do not say them."""
+    if size is not None:
+        width, height = (size, size) if isinstance(size, int) else size
+        return width, height
+    folder, family = locate.pipeline_folder(Path(shipped(run))), family_of_run(run)
+    if family is None or family.packing * family.folding > 1:
+        return None
+    info = locate.index_of(str(folder)).get(locate.STUDENT_INFO)
+    options = info.get("options") if isinstance(info, dict) else None
+    of_run = config_of(run, "teacher")
+    given = [each.get("size") for each in (options, of_run and of_run.teacher) if each]
+    side = next((x for x in given if x is not None), pixels_of(configurations(folder)))
+    return (side, side) if isinstance(side, int) else None
 
 
 def _opened(key: str, path: str) -> Image.Image:

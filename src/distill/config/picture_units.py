@@ -3,6 +3,7 @@ embedded positions. Nothing here imports torch.
 """
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -44,12 +45,17 @@ def check_made(teacher: DictConfig, made: DictConfig, key: str = "") -> None:
 
 
 def _check(pictures: DictConfig, teacher: DictConfig, sides: Sides | None, key: str) -> None:
-    """Raise ValueError for a size or buckets that the teacher cannot make; an autoencoder in the
-    place of its own may have another unit.
+    """Raise ValueError for a size or buckets that the teacher cannot make, or nobody; an
+    autoencoder in the place of its own may have another unit.
     """
+    plain: Any = OmegaConf.to_container(pictures, resolve=True)
+    size, buckets = plain.get("size"), plain.get("buckets") or []
     if sides and not teacher.get("vae"):
-        plain = OmegaConf.to_container(pictures, resolve=True)
-        limits.check_sides(plain.get("size"), plain.get("buckets"), *sides, key)
+        limits.check_sides(size, buckets, *sides, key)
+    for bucket in buckets:
+        limits.check_pixels(bucket, f"{key}buckets")
+    if not buckets:
+        limits.check_pixels(size, f"{key}size")
 
 
 def _sides(teacher: DictConfig, family: families.Family | None) -> Sides | None:

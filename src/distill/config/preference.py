@@ -1,18 +1,24 @@
 """Check that the method of a run belongs to its data and sampler, and that a LoRA to add exists."""
 
-import math
+from pathlib import Path
 
 from omegaconf import DictConfig
+from safetensors import safe_open
 
 from distill.config.compose import shipped
 from distill.config.generator import refuse_generator
-from distill.core.limits import DOES, NO_SAMPLES
+from distill.core.limits import DOES, LARGEST_SCALE, NO_SAMPLES
+from distill.machine.faults import first_line
 from distill.storage import source_code
+from distill.storage.bounded import check_header
 from distill.teachers.families import family
 from distill.teachers.loading import locate
+from distill.terminal.shown import shown
 
+TORCH = (b"PK\x03\x04", b"\x80")  # how files of torch start, new ones and old ones
 PREFERENCES = "distill.data.source.preferences"
 PROMPTS = "distill.data.source.prompts"
+DRAWN = "distill.data.source.drawn"
 SOURCES = ("images", "latents", "drawn", "pairs")
 OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
 
@@ -43,6 +49,9 @@ def _check_data(data: DictConfig, of_pairs: bool) -> None:
     if of_pairs and target in OTHERS and not data.get("pairs"):
         what = "this method learns from pairs of a winner and a loser"
         raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
+    if not of_pairs and target == DRAWN and data.get("pairs"):
+        what = "adds losers, which this method does not read; make it false, or choose"
+        raise ValueError(f"data.pairs={data.pairs}: {what} method=dpo sampler=guided")
     if not of_pairs and target == PREFERENCES:
         what = "holds pairs of a preference, which this method does not read"
         raise ValueError(f"data.path={data.path}: {what}; use method=dpo, or data=images")
@@ -65,11 +74,40 @@ def _keeps_steps(sampler: str) -> bool:
 def check_lora(cfg: DictConfig) -> None:
     """Check `lora` and `lora_scale` of a command: a file or folder that exists, and a number."""
     scale = cfg.lora_scale
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"lora_scale={scale}: must be a number; 1 adds the LoRA as it is")
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not abs(scale) <= LARGEST_SCALE:
+        what = f"must be a number from -{LARGEST_SCALE} to {LARGEST_SCALE}"
+        raise ValueError(f"lora_scale={scale}: {what}; 1 adds the LoRA as it is")
+    if cfg.lora == "":
+        raise ValueError("lora: is empty; give the file of a LoRA, or leave lora= out")
     if cfg.lora is None:
         if scale != 1:
             raise ValueError(f"lora_scale={scale}: has no effect without lora=; leave it out")
         return
     refuse_generator(shipped(str(cfg.run)), f"lora={cfg.lora}: run={cfg.run}", "leave the LoRA out")
-    locate.check_weights(locate.lora_in(str(cfg.lora)), "lora")
+    file = locate.lora_in(str(cfg.lora))
+    locate.check_weights(file, "lora")
+    if Path(file).is_file():
+        _check_is_lora(str(cfg.lora), Path(file))
+
+
+def _check_is_lora(given: str, file: Path) -> None:
+    """Check by the names of its tensors that a safetensors file is a LoRA, and by its first bytes
+    that another file may be one.
+    """
+    if file.suffix != ".safetensors":
+        with file.open("rb") as opened:
+            start = opened.read(4)
+        if not start.startswith(TORCH):
+            raise ValueError(f"lora={given}: is no file of weights; give one, as .safetensors")
+        return
+    try:
+        check_header(file)
+        with safe_open(file, "numpy") as weights:
+            names = list(weights.keys())
+    except Exception as error:  # damaged files raise nearly anything
+        said = first_line(error, 120).removeprefix(f"{file}: ").removesuffix("; fetch it anew")
+        what = f"cannot be read as weights ({said}); fetch it anew, as .safetensors"
+        raise ValueError(f"lora={given}: {what}") from None
+    if not any("lora" in name for name in names):
+        raise ValueError(f"lora={given}: holds no LoRA, only {shown(names, 60)}; give a LoRA")

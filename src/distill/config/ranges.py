@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from distill.core.limits import check_falling, check_shift
+from distill.core.limits import LARGEST_SCALE, check_falling, check_shift
 
 # Whole numbers and their minimum: of a run, and of its evaluation.
 LARGEST = {"seed": 2**32 - 1}  # NumPy's
@@ -27,6 +27,7 @@ STUDENT_COUNTS = dict.fromkeys(
     ("student.rank", "student.shift", "student.channels", "student.mapping_width"), 1
 ) | dict.fromkeys(("student.blocks", "student.mapping_layers"), 0)
 SHARE = (0, 1)
+SCALE = (0, LARGEST_SCALE)
 # Key -> least and largest value; None leaves a side open.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "callbacks.checkpoint.archive": (0, None),
@@ -55,12 +56,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "method.matching_weight": (0, None),
     "method.regression_weight": (0, None),
     "method.crop": (1, None),
-    "method.distill.guidance": (0, None),
-    "method.distill.image_guidance": (0, None),
+    "method.distill.guidance": SCALE,
+    "method.distill.image_guidance": SCALE,
     "method.distill.high": SHARE,
     "method.distill.low": SHARE,
     "method.distill_weight": (0, None),
-    "method.guidance": (0, None),
+    "method.guidance": SCALE,
     "method.huber": (0, None),
     "method.one_step_prob": SHARE,
     "method.misaligned": (0, None),
@@ -69,12 +70,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "method.pairs_weight": (0, None),
     "method.r1_every": (1, None),
     "method.r1_weight": (0, None),
-    "method.real.guidance": (0, None),
-    "method.real.image_guidance": (0, None),
+    "method.real.guidance": SCALE,
+    "method.real.image_guidance": SCALE,
     "method.renoise.s": (0, None),
     "method.steps": (1, None),
-    "metrics.guidance": (0, None),
-    "metrics.image_guidance": (0, None),
+    "metrics.guidance": SCALE,
+    "metrics.image_guidance": SCALE,
     "loop.clip_discriminator": (0, None),
     "loop.clip_student": (0, None),
     "optimizer.discriminator.lr": (0, None),
@@ -85,10 +86,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "loop.final_rate": SHARE,
     "optimizer.student.lr": (0, None),
     "optimizer.student.weight_decay": (0, None),
-    "sampler.guidance": (0, None),
+    "sampler.guidance": SCALE,
     "sampler.flow_shift": (0, None),
     "student.layer_scale": (0, None),
-    "teacher.guidance": (0, None),
+    "teacher.guidance": SCALE,
 }
 ABOVE_ZERO = ("method.beta", "student.alpha")
 SHIFTS = ("sampler.shift", "method.levels.shift", "method.real.shift")
@@ -180,8 +181,9 @@ def check_lists(cfg: DictConfig) -> None:
         if not all(isinstance(x, int | float) and 0 <= x < 1 for x in values):
             raise ValueError(f"{key}={values}: must be numbers from 0 to below 1")
     for key, values in _lists(cfg, "method.distill.guidance"):
-        if len(values) != 2 or not 0 <= values[0] <= values[1]:
-            raise ValueError(f"{key}={values}: must be a number, or least and largest of a range")
+        if len(values) != 2 or not 0 <= values[0] <= values[1] <= LARGEST_SCALE:
+            what = f"must be a number, or least and largest of a range, from 0 to {LARGEST_SCALE}"
+            raise ValueError(f"{key}={values}: {what}")
 
 
 def _lists(cfg: DictConfig, *keys: str) -> Iterator[tuple[str, list[Any]]]:

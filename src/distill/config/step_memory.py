@@ -20,8 +20,7 @@ from distill.config import build
 from distill.config.compose import make, shipped
 from distill.config.editing import LATENTS
 from distill.config.models import teacher_of
-from distill.config.preference import PREFERENCES
-from distill.config.validate import PROMPTS
+from distill.config.preference import PREFERENCES, PROMPTS
 from distill.core.types import EMBEDDED, FILL
 from distill.data.datasets import LatentShards
 from distill.data.named import expand

@@ -13,19 +13,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import editing, signatures, trust
 from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.data_files import check_files, check_first_samples, check_side
 from distill.config.draws import check_draws
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
 from distill.config.noise_pairs import check_noise
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
-from distill.config.picture_units import IMAGES, check_fit, check_made
-from distill.config.preference import (
-    PREFERENCES,
-    PROMPTS,
-    check_captions_alone,
-    check_preference,
-)
+from distill.config.picture_units import check_fit, check_made
+from distill.config.preference import check_captions_alone, check_preference
 from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
     COUNTS,
@@ -42,9 +38,6 @@ from distill.config.videos import check_videos
 from distill.config.watched import check_samples_prompts, check_watched
 from distill.core import limits
 from distill.data.lines import Lines
-from distill.data.named import expand
-from distill.data.paired import check_holds_pairs
-from distill.data.shards import check_pictures
 from distill.evaluation import references as material
 from distill.machine.hardware import check_precision
 from distill.storage import source_code
@@ -71,6 +64,7 @@ def check_run(cfg: DictConfig) -> None:
     check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
     check_most(cfg, LARGEST)
+    check_side(cfg.data)
     check_keys(cfg)
     check_ranges(cfg)
     check_lists(cfg)
@@ -103,6 +97,7 @@ def check_run(cfg: DictConfig) -> None:
         check_made(cfg.teacher, cfg.metrics, "metrics.")
         editing.check_judged(cfg)
     editing.check_guidance_by_source(cfg)
+    check_first_samples(cfg.data)
     check_run_dir_free(cfg)
 
 
@@ -298,26 +293,13 @@ def check_features(discriminator: DictConfig) -> None:
 
 def check_data(data: DictConfig) -> None:
     """Check the options of the data, and that their files exist."""
+    check_side(data)
     check_keys(OmegaConf.create({"data": data}))
     check_counts(OmegaConf.create({"data": data}), {k: v for k, v in COUNTS.items() if "data" in k})
     plain = OmegaConf.to_container(data, resolve=True)
     share, empty = plain.get("max_bad_share", 0.1), plain.get("max_empty_share", 1.0)
     limits.check_samples(plain.get("limit"), share, plain.get("buckets"), empty)
-    if "path" not in plain:  # rendered on demand
-        return
-    path = shipped(str(data.path))
-    if data.get("_target_") == PROMPTS:
-        Lines(path, column=plain.get("column"))
-    elif data.get("_target_") == editing.LATENTS:
-        expand(path)
-    elif data.get("_target_") == editing.EDIT_PAIRS:
-        check_pictures(path)
-        check_holds_pairs(path)
-    elif data.get("_target_") == PREFERENCES:
-        check_pictures(path)  # a folder of pictures is refused with what pairs are
-    elif data.get("_target_") == IMAGES:  # what a source of one's own reads, it alone knows
-        keys = ("repeats", "caption_key", "max_empty_share", "image_column", "caption_column")
-        check_pictures(path, **{key: plain[key] for key in keys if key in plain})
+    check_files(data)
 
 
 def check_metrics(metrics: DictConfig) -> None:

@@ -23,6 +23,8 @@ SHIFT: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("base_image_seq_len", "max_image_seq_len", "patch"), (int, "a whole number")),
     "time_shift_type": (str, "exponential or linear"),
 }
+LARGEST_SCALE = 1000  # ours: of guidance and of a LoRA; far above any use, far below overflow
+MOST_PIXELS = 2**26  # ours: of a picture that is read or made, 8192 x 8192
 AT_ONCE = 1024 * 1024  # ours: pixels of one autoencoder batch; in bfloat16 1.5 to 2.2 GiB
 # ours: bytes for one picture of AT_ONCE pixels; an upper bound over families and dtypes
 BYTES_AT_ONCE = 4 * 2**30
@@ -116,6 +118,16 @@ def check_frames(frames: int, key: str = "teacher.frames") -> None:
     near = max(1, frames // FRAMES * FRAMES + 1)
     what = f"must be 1 more than a multiple of {FRAMES}"
     raise ValueError(f"{key}={frames}: {what}; use {near} or {near + FRAMES}")
+
+
+def check_guidance(value: Any, key: str, least: int = 0) -> None:
+    """Raise ValueError, naming `key`, for a guidance that is no number from `least` to
+    LARGEST_SCALE.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key}={value}: must be a number")
+    if not least <= value <= LARGEST_SCALE:
+        raise ValueError(f"{key}={value}: must be from {least} to {LARGEST_SCALE}")
 
 
 def check_dtype(name: str | None, key: str, *more: str) -> None:
@@ -286,6 +298,17 @@ def check_shift(settings: Mapping[str, Any], key: str) -> None:
     if base >= most:
         what = f"must be below max_image_seq_len={most}"
         raise ValueError(f"{key}.base_image_seq_len={base}: {what}")
+
+
+def check_pixels(size: Any, key: str) -> None:
+    """Raise ValueError, naming `key`, for a size of too many pixels: a side, or [width, height].
+    None passes.
+    """
+    pixels = math.prod(size if isinstance(size, Sequence) else [size or 1] * 2)
+    if pixels > MOST_PIXELS:
+        most = f"at most {MOST_PIXELS // 10**6} million are made"
+        what = f"is {pixels // 10**6} million pixels, and {most}; make it smaller"
+        raise ValueError(f"{key}={size}: {what}")
 
 
 def check_sides(

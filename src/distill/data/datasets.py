@@ -11,13 +11,11 @@ bucket, so that batches can be stacked.
 from __future__ import annotations
 
 import bisect
-import itertools
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,18 +24,20 @@ from torch.utils.data import Dataset
 
 from distill.core.limits import check_samples
 from distill.data import decode
+from distill.data.bad import none_usable, reasons_of
 from distill.data.buckets import Size, nearest
 from distill.data.cache import USUAL_GB, Cache
+from distill.data.first import MAX_IN_A_ROW, check_seeded, stride
 from distill.data.folder import CAPTIONS, caption_of
 from distill.data.lines import Lines
 from distill.data.made import made_of, null_of
 from distill.data.shards import MAX_EMPTY, Shards, check_captions, check_images
-from distill.data.write import EDIT_PAIRS, NULL, PICTURES
+from distill.data.write import EDIT_PAIRS, NULL
 from distill.machine.memory import to_shared_memory
+from distill.terminal.secret import masked
 
 log = logging.getLogger(__name__)
 MIN_TRIED = 20  # with fewer, one bad sample would be a large share
-MAX_IN_A_ROW = 50  # samples tried for one item
 Skipped = list[tuple[str, str]]  # names of bad samples, and the reasons
 Found = tuple[dict | None, Skipped]  # an item or None, and the bad samples before it
 
@@ -65,6 +65,7 @@ class Samples(Dataset, ABC):
         cache_gb: float = USUAL_GB,
     ):
         check_samples(limit, max_bad_share, buckets)
+        self.path = path
         self.cache = Cache.of(cache_dir, cache_gb)
         self.shards = self.open(path)
         self.max_bad_share, self.caption_key = max_bad_share, caption_key
@@ -136,7 +137,7 @@ class Samples(Dataset, ABC):
         skipped: Skipped = []
         for ahead in range(min(most, len(peers))):
             try:
-                sample = self.shards.read(peers[(start + ahead * _stride(len(peers))) % len(peers)])
+                sample = self.shards.read(peers[(start + ahead * stride(len(peers))) % len(peers)])
                 found = self.tensors(sample, bucket)
                 item = {**found, "caption": self.caption(sample), "key": sample["__key__"]}
                 return item, skipped
@@ -175,14 +176,13 @@ class Samples(Dataset, ABC):
         most = self._most(self.max_bad_share, self.tried, needed)
         if enough and (self.tried < MIN_TRIED or self.failed <= most):
             return
-        what = (
-            f"more than data.max_bad_share={self.max_bad_share:g}: repair the data or raise the"
-            " share"
-        )
-        what = what if enough else f"the last {len(skipped)} in a row: repair the data"
-        some = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[:3])
+        what = f"the last {len(skipped)} in a row; repair the data"
+        if enough:
+            most_bad = f"data.max_bad_share={self.max_bad_share:g}"
+            what = f"more than {most_bad}; repair the data, or raise the share"
         raise ValueError(
-            f"{self.failed} of {self.tried} samples tried are bad, {what}. The first: {some}"
+            f"data.path={masked(self.path)}: {self.failed} of {self.tried} samples tried are bad,"
+            f" {what}. {reasons_of(self.bad)}"
         )
 
     def _most(self, share: float, tried: int, drawn: bool) -> float:
@@ -199,20 +199,15 @@ class Samples(Dataset, ABC):
         self.empty += sum(not caption for caption in captions)
         most = self._most(self.max_empty_share, self.captioned, drawn)
         if self.empty > most and (self.captioned >= MIN_TRIED or not drawn):
+            share = f"data.max_empty_share={self.max_empty_share:g}"
             raise ValueError(
-                f"{self.empty} of {self.captioned} captions are empty, more than "
-                f"data.max_empty_share={self.max_empty_share:g}: write them, or raise the share"
+                f"data.path={masked(self.path)}: {self.empty} of {self.captioned} captions are"
+                f" empty, more than {share}; write them, or raise the share"
             )
 
 
 def _cache_of(options: Mapping[str, Any]) -> Cache:
     return Cache.of(options.get("cache_dir"), options.get("cache_gb", USUAL_GB))
-
-
-@cache
-def _stride(n: int) -> int:
-    """A step length that passes through all of n positions, with the next one far from the last."""
-    return next(k for k in itertools.count(int(0.618 * n) + 1) if math.gcd(k, n) == 1)
 
 
 class LatentShards(Samples):
@@ -237,10 +232,8 @@ class LatentShards(Samples):
         **options: Any,
     ):
         folder, self.made = made_of(path, _cache_of(options))
-        if seeded and self.made.get("what") in (PICTURES, EDIT_PAIRS):
-            raise ValueError(
-                f"data.path={path}: holds pictures, of which no noise is known; use data=latents"
-            )
+        if seeded:
+            check_seeded(path, self.made.get("what"))
         own = self.made.get("buckets")
         if buckets and own and not {tuple(b) for b in own} <= {tuple(b) for b in buckets}:
             what = f"are widths and heights in latents here, and these were made in {own}"
@@ -261,9 +254,7 @@ class LatentShards(Samples):
         self._row_of: dict[str, int] = {}  # caption -> its row
         first, skipped = self.find(0)
         if first is None:
-            name, reason = skipped[0]
-            what = f"none of its first {len(skipped)} samples is usable, {name}: {reason}"
-            raise ValueError(f"data.path={path}: {what}")
+            raise none_usable(path, dict(skipped))
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:
@@ -355,7 +346,9 @@ class ImageShards(Samples):
         super().__init__(path, **options)
         self.size = size
         self.check_pictures(path)
-        said = check_captions(path, self.shards.index, self.caption_key, max_empty_share)
+        in_folder = self.shards.of_folder
+        share = max_empty_share
+        said = check_captions(path, self.shards.index, self.caption_key, share, in_folder=in_folder)
         # In shards, and with another key, a sample without a caption is bad, unless permitted.
         taken = max_empty_share == 1 or (self.shards.of_folder and self.caption_key == "caption")
         if said and taken:

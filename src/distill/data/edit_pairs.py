@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from distill.data import decode
+from distill.data import decode, raw
 from distill.data.datasets import ImageShards, Size
-from distill.data.paired import PARTS, check_pairs
+from distill.data.kinds import PARTS, check_pairs
 from distill.data.shards import Shards
 
 
@@ -27,9 +27,7 @@ class EditPairs(ImageShards):
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         source, target = (decode.image_size(sample, part) for part in PARTS)
-        if source != target:
-            sizes = f"{source[0]} x {source[1]}, its target {target[0]} x {target[1]}"
-            raise decode.BadSample(sample, f"its source is {sizes}; a pair must have one size")
+        raw.check_same_size(sample, source, target)
         sides = bucket or (self.size,)
         pictures = (decode.image(sample, *sides, part=part) for part in PARTS)
         return dict(zip(("source", "pixels"), pictures, strict=True))

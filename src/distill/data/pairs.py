@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distill.core.limits import check_samples
 from distill.data import decode
+from distill.data.bad import none_usable
 from distill.data.datasets import Samples, Size
+from distill.data.kinds import SIDES, is_latents, refuse_folder, side_of, without_side
 from distill.data.shards import Shards
-
-SIDES = ("winner", "loser")
 
 
 class Pairs(Samples):
@@ -36,22 +36,17 @@ class Pairs(Samples):
         super().__init__(path, **options)
         first, skipped = self.find(0)
         if first is None:
-            name, reason = skipped[0]
-            what = f"none of its first {len(skipped)} pairs is usable, {name}: {reason}"
-            raise ValueError(f"data.path={path}: {what}")
+            raise none_usable(path, dict(skipped))
         self.key = "x0" if "x0" in first else "pixels"
         if self.key == "x0":
             self.shape = tuple(first["x0"].shape)
         elif size is None and not self.buckets:
-            what = "holds pictures; give their side in pixels, or data.buckets"
-            raise ValueError(f"data.size=null: data.path={path} {what}")
+            raise without_side(path)
 
     def open(self, path: str) -> Shards:
         found = Shards(path, parts=SIDES, cache=self.cache)
         if found.of_folder:
-            what = "is a folder of pictures, and pairs are read from shards"
-            how = "write <key>.winner.png, <key>.loser.png and <key>.txt into a tar"
-            raise ValueError(f"data.path={path}: {what}; {how}")
+            refuse_folder(path)
         return found
 
     def size_of(self, sample: dict) -> Size:
@@ -90,19 +85,3 @@ class Pairs(Samples):
             return decode.image(part, *(bucket or (self.size or decode.image_size(part)[0],)))
         except decode.BadSample as error:
             raise decode.BadSample(part, f"of its {name}: {error.reason}") from None
-
-
-def side_of(sample: dict, name: str) -> dict:
-    """The files of the winner or the loser as a sample; raises BadSample if there are none."""
-    start = f"{name}."
-    found = {end.removeprefix(start): data for end, data in sample.items() if end.startswith(start)}
-    if not found:
-        there = ", ".join(sorted(end for end in sample if not end.startswith("__"))) or "nothing"
-        what = f"it has no {name} ({start}png, {start}npy or the like), only {there}"
-        raise decode.BadSample(sample, what)
-    return found | {key: sample[key] for key in ("__key__", "__url__")}
-
-
-def is_latents(part: dict) -> bool:
-    """Whether a winner or loser is latents and not a picture."""
-    return any(end in part for end in decode.LATENTS)

@@ -26,6 +26,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from distill.config import compose, paths, trust
+from distill.data.bad import reasons_of
 from distill.data.named import BEGUN, shards_in
 from distill.data.shards import index_tar
 from distill.data.write import MANIFEST, NULL, write_shard
@@ -36,6 +37,7 @@ from distill.storage.bounded import mapping_of
 from distill.storage.locks import one_writer
 from distill.teachers.families import embedding_options
 from distill.terminal.progress import Bar, track
+from distill.terminal.secret import masked
 from distill.terminal.shown import shown
 from distill.training import launch
 from distill.training.run_metadata import versions
@@ -97,31 +99,32 @@ class ShardJob:
                 done += len(numbers)
                 bar.update(done)  # bad ones included
 
-    def finish(self, max_bad_share: float = 0.0, **about: Any) -> None:
+    def finish(
+        self, max_bad_share: float = 0.0, bad: Mapping[str, str] | None = None, **about: Any
+    ) -> None:
         """Write the manifest if every shard exists.
 
-        Raises ValueError if more than this share of the samples is bad.
+        Raises ValueError if more than this share of the samples is bad. `bad` are those that this
+        process found, name -> reason.
         """
         paths = [self.path(shard) for shard in self.shards]
         if not all(path.exists() for path in paths):
             return
         counted = track(paths, "counting samples", unit="shard")
         samples, digest = sum(len(index_tar(str(path))) for path in counted), hashlib.sha256()
+        where = (
+            f"data.path={masked(str(about['data']))}" if "data" in about else f"out={self.folder}"
+        )
         if not samples:
             for path in paths:  # leave no shards behind
                 path.unlink(missing_ok=True)
-            raise ValueError(
-                f"out={self.folder}: all {self.count} samples are bad; `python -m distill.check`"
-                " says why"
-            )
-        if (dropped := self.count - samples) > max_bad_share * self.count:
-            what = (
-                f"more than data.max_bad_share={max_bad_share:g}; raise it, or repair them and"
-                " choose another out="
-            )
-            raise ValueError(
-                f"out={self.folder}: {dropped} of {self.count} samples are bad, {what}"
-            )
+            what = f"all {self.count} samples are bad; repair them"
+            raise ValueError(f"{where}: {what}. {_reasons(bad)}")
+        dropped = self.count - samples
+        if dropped > max_bad_share * self.count:
+            what = f"{dropped} of {self.count} samples are bad, more than"
+            what = f"{what} data.max_bad_share={max_bad_share:g}; raise it, or repair them and"
+            raise ValueError(f"{where}: {what} choose another out=. {_reasons(bad)}")
         for path in track(paths, "hashing", unit="shard"):
             with path.open("rb") as file:
                 while block := file.read(2**24):
@@ -129,6 +132,11 @@ class ShardJob:
         about |= {"samples": samples, "dropped": dropped, "shards": len(paths)}
         about |= {"sha256": digest.hexdigest(), "versions": versions()}
         write_atomic(self.folder / MANIFEST, json.dumps(about, indent=2).encode() + b"\n")
+
+
+def _reasons(bad: Mapping[str, str] | None) -> str:
+    """Why samples are bad, or how to learn it: another process may have found them."""
+    return reasons_of(bad) if bad else "`python -m distill.check` says why"
 
 
 def with_progress(samples: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:

@@ -59,9 +59,9 @@ class Shards:
     images.
 
     `of_folder`: whether it is a folder of images. `said`: sentences on what the owner may not
-    expect, which are also logged. Raises ValueError and FileNotFoundError as `expand`, `index_tar`
-    and `folder.of`, or if there is no sample. `parts` are the names before the suffixes of pictures
-    that the caller reads itself: `winner` of `7.winner.png`.
+    expect, which are also logged if it `tells`. Raises ValueError and FileNotFoundError as
+    `expand`, `index_tar` and `folder.of`, or if there is no sample. `parts` are the names before
+    the suffixes of pictures that the caller reads itself: `winner` of `7.winner.png`.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Shards:
         parts: Collection[str] = (),
         cache: Cache | None = None,
         columns: tuple[str | None, ...] = (),
+        tells: bool = True,
     ):
         cache = cache or Cache.of()
         folder = os.path.expanduser(path)
@@ -106,7 +107,8 @@ class Shards:
             raise ValueError(
                 f"data.path={path}: its shards hold no samples; name files <key>.<extension>"
             )
-        tell(path, self.said)
+        if tells:
+            tell(path, self.said)
 
     @property
     def index(self) -> Index:
@@ -214,8 +216,12 @@ def tell(path: str, said: list[str]) -> None:
         log.warning("%s: %s", path, sentence)
 
 
-def check_captions(path: str, index: Index, key: str, most: float) -> str | None:
-    """Raise ValueError if more than this share of samples lack a caption; a sentence if some do."""
+def check_captions(
+    path: str, index: Index, key: str, most: float, *, in_folder: bool = True
+) -> str | None:
+    """Raise ValueError if more than this share of samples lack a caption; a sentence if some do.
+    `in_folder`: whether records beside pictures may have them.
+    """
     bare = uncaptioned(index, CAPTIONS if key == "caption" else ("json",))
     if not bare:
         return None
@@ -223,10 +229,10 @@ def check_captions(path: str, index: Index, key: str, most: float) -> str | None
     if len(bare) <= most * len(index):
         return f"{what}, and count as pictures of the empty one"
     beside = " or ".join(f".{end}" for end in (CAPTIONS if key == "caption" else ("json",)))
+    how = f"give each a {beside} of its name" + (", or metadata.jsonl" if in_folder else "")
     raise ValueError(
         f"data.path={path}: {len(bare)} of {len(index)} pictures have no caption, {bare[0]} for"
-        f" one; give each a {beside} of its name, or metadata.jsonl, or take them so by"
-        " data.max_empty_share=1"
+        f" one; {how}, or take them so by data.max_empty_share=1"
     )
 
 

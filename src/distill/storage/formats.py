@@ -13,6 +13,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, features
 
+from distill.core import limits
 from distill.storage import headers
 
 # Suffix -> Pillow's format. If a sample of a shard has several pictures, the first in this order is
@@ -34,8 +35,8 @@ OTHERS = (
     "psd", "svg", "eps", "pdf", "ico", "dds", "exr", "hdr", "pcx", "sgi", "raw", "dng", "cr2",
     "cr3", "nef", "arw", "orf", "rw2", "raf", "hif", "mp4", "mov", "webm", "mkv", "avi",
 )  # fmt: skip
-# Ours: 8192 x 8192, which take 256 MiB decoded, and as much for each step of conversion to RGB.
-MOST_PIXELS = 2**26
+# Its pictures take 256 MiB decoded, and as much for each step of conversion to RGB.
+MOST_PIXELS = limits.MOST_PIXELS
 # Folders of thumbnails and of macOS metadata: pictures in them are not data.
 SYSTEM = ("__MACOSX", "@eaDir")
 

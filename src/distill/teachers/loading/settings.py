@@ -115,6 +115,13 @@ def configurations(path: str | Path) -> Callable[[str], Config]:
     return lambda part: in_folder(Path(home_of(Path(path), part)))(part)
 
 
+def pixels_of(config_of: Callable[[str], Config]) -> int | None:
+    """Side in pixels of the pictures of a pipeline's training; None where its files lack it."""
+    vae, net = config_of("vae"), config_of("transformer") or config_of("unet")
+    side = net.get("sample_size")
+    return side * cell_of(vae, "vae") if vae and isinstance(side, int) else None
+
+
 def cell_of(vae: Config, where: str) -> int:
     """Side of a latent in pixels for an autoencoder of this configuration.
 
