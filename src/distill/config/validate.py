@@ -12,20 +12,16 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import editing, signatures, trust
-from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.compose import check_counts, check_run_dir_free, nearest, overrides, shipped
 from distill.config.draws import check_draws
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
+from distill.config.leaving_out import leave_out
 from distill.config.noise_pairs import check_noise
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
 from distill.config.picture_units import IMAGES, check_fit, check_made
-from distill.config.preference import (
-    PREFERENCES,
-    PROMPTS,
-    check_captions_alone,
-    check_preference,
-)
+from distill.config.preference import PREFERENCES, PROMPTS, check_captions_alone, check_preference
 from distill.config.quantizing import check_quantize
 from distill.config.ranges import (
     COUNTS,
@@ -119,7 +115,8 @@ def check_groups(cfg: DictConfig) -> None:
         for key, node in (cfg.get(group) or {}).items():
             if key not in known:
                 near = nearest(str(key), known)
-                raise ValueError(f"{group}.{key}: nothing reads this key{near}; leave it out")
+                how = leave_out(f"{group}.{key}", overrides())
+                raise ValueError(f"{group}.{key}: nothing reads this key{near}; {how}")
             if not isinstance(node, DictConfig | None):
                 raise ValueError(f"{group}.{key}={node}: must be a node with a _target_")
     for key in optimized:
@@ -143,7 +140,9 @@ def check_players(discriminator: DictConfig) -> None:
     """Check that parts of the discriminator are nodes or null, and that features have heads."""
     for key, node in discriminator.items():
         if node is not None and not has_target(node):
-            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
+            how = leave_out(f"discriminator.{key}", overrides())
+            what = f"must be a node with a _target_; give one, or {how}"
+            raise ValueError(f"discriminator.{key}={node}: {what}")
     if discriminator.get("features") is not None and discriminator.get("heads") is None:
         what = "features need heads; give some, or discriminator=none"
         raise ValueError(f"discriminator.heads=null: {what}")
@@ -248,10 +247,12 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
         if key.startswith("_"):
             continue
         if key in given:
-            raise ValueError(f"{path}{key}={value}: the program sets it itself; leave it out")
+            how = leave_out(f"{path}{key}", overrides())
+            raise ValueError(f"{path}{key}={value}: the program sets it itself; {how}")
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
-            raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
+            how = leave_out(f"{path}{key}", overrides())
+            raise ValueError(f"{path}{key}: {name} takes no such key{near}; {how}")
         if what := signatures.expected(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
         for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():
