@@ -67,6 +67,7 @@ def check_run(cfg: DictConfig) -> None:
     check_players(cfg.discriminator)
     check_counts(cfg, COUNTS)
     check_most(cfg, LARGEST)
+    check_preference(cfg)  # first: no key mends data that are none of the method's
     check_keys(cfg)
     check_ranges(cfg)
     check_lists(cfg)
@@ -82,16 +83,15 @@ def check_run(cfg: DictConfig) -> None:
     check_features(cfg.discriminator)
     check_decoder(cfg.method)
     check_pairs(cfg.method)
-    check_preference(cfg)
     check_batches(cfg)
     check_start(cfg)
     check_noise(cfg)
     check_data(cfg.data)
-    check_captions_alone(cfg)
     check_fit(cfg.data, cfg.teacher)
     if isinstance(made := cfg.method.get("real"), DictConfig):
         check_made(cfg.teacher, made, "method.real.")
     editing.check_masks_fit(cfg.data, families.family(str(cfg.teacher._target_)))
+    check_captions_alone(cfg)
     check_videos(cfg)
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
