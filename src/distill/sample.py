@@ -119,8 +119,6 @@ def check(cfg: DictConfig) -> list[str]:
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     validate.check_number(cfg, "guidance", "image_guidance", "strength")
     validate.check_size(cfg.size)
-    if cfg.negative is not None and cfg.guidance is None:
-        raise ValueError("negative: has no effect without guidance; add guidance=")
     check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
     check_lora(cfg)
@@ -143,7 +141,7 @@ def check(cfg: DictConfig) -> list[str]:
         raise ValueError(f"out={cfg.out}: is a file, and pictures go into a folder; name another")
     validate.check_model(cfg.run)
     picture_keys.check_size_fits(cfg.run, cfg.size)
-    picture_keys.check_guidance(cfg.run, cfg.guidance, picture_keys.is_few_step(cfg.run))
+    picture_keys.check_guidance(cfg, picture_keys.is_few_step(cfg.run))
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
     return prompts
@@ -179,7 +177,7 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
     options, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     check_text_alone(model, cfg)
     picture_keys.check_fills(model, cfg.run, cfg.mask)
-    picture_keys.check_guidance(cfg.run, cfg.guidance, distilled(model.pipeline))
+    picture_keys.check_guidance(cfg, distilled(model.pipeline))
     if cfg.image:
         height, width = model.sides_of(options["shape"])
         image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)
