@@ -68,7 +68,7 @@ def _apply_delta(cfg: DictConfig, out: Path) -> Path:
     from distill.config import models
     from distill.students import apply_delta
 
-    return apply_delta(models.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
+    return apply_delta(models.student_of(cfg.base, key="base"), Path(cfg.delta), _new(str(out)))
 
 
 def _out(cfg: DictConfig) -> Path:
@@ -248,7 +248,7 @@ def _base(cfg: DictConfig) -> Any:
     from distill.config import build, models
 
     if cfg.base is not None:
-        return models.student_of(cfg.base)
+        return models.student_of(cfg.base, key="base")
     return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 
