@@ -240,7 +240,7 @@ def test_a_negative_prompt_of_sana_stands_without_its_instruction(tmp_path):
 def test_a_negative_prompt_without_guidance_is_refused(command):
     code, _, err = command("sample", "run=shapes:mmdit", "prompt=x", "negative=y")
     assert code == 1
-    assert err.endswith("negative: has no effect without guidance; add guidance=\n")
+    assert err.endswith("negative=y: has no effect without guidance; add guidance=\n")
 
 
 def test_slicing_and_tiling_are_diffusers(pipelines):

@@ -248,6 +248,61 @@ WRONG = [
         "experiment=edit_shapes metrics=prompts metrics.path={here}/prompts.txt",
         "metrics: they make whole pictures from captions, and this teacher edits pictures; leave",
     ),
+    # what a method, its data and its teacher can never be together
+    (
+        "run",
+        "experiment=edit_shapes data=preference data.path={here}/winners.tar",
+        "which this method does not read; give edit pairs by data=pairs data.path=<shards>",
+    ),
+    (
+        "run",
+        "experiment=inpaint_shapes data=preference data.path={here}/winners.tar",
+        "which this method does not read; use data=images data.masks=true data.path=<folder>",
+    ),
+    (
+        "run",
+        "data=preference data.path={here}/winners.tar",
+        "use method=dpo sampler=guided, or give pictures by data=images data.path=<folder>",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes method=dpo",
+        (
+            "teacher: a StableDiffusionInstructPix2PixPipeline edits pictures, and pairs of a"
+            " preference have no such picture; choose a text-to-image model, as in"
+            " experiment=dpo_lora_shapes"
+        ),
+    ),
+    (
+        "run",
+        "experiment=inpaint_shapes method=dpo",
+        "no such picture; choose a text-to-image model, as in experiment=dpo_lora_shapes",
+    ),
+    (
+        "run",
+        "experiment=edit_shapes data=prompts data.path={here}/prompts.txt",
+        "have no source pictures; give edit pairs by data=pairs data.path=<shards>",
+    ),
+    (
+        "run",
+        "experiment=inpaint_shapes data=prompts data.path={here}/prompts.txt",
+        "these data have no masks; use data=images data.masks=true data.path=<folder>",
+    ),
+    ("run", "experiment=edit_shapes method=dmd2", "such key; leave it out by ~method.distill"),
+    ("run", "experiment=dpo_lora_shapes student=full data.path=x", "leave it out by ~student.rank"),
+    (
+        "sample",
+        "run={here}/editor prompt=x image={here}/picture.png image_guidance=1.5",
+        "/editor was distilled to work without guidance; leave it out",
+    ),
+    ("sample", "run=shapes:student prompt=x negative=y", "to work without guidance; leave it out"),
+    (
+        "sample",
+        "run=shapes:unet_edit prompt=x image={here}/picture.png image_guidance=1.5",
+        "image_guidance=1.5: has no effect without guidance; add guidance=",
+    ),
+    ("export", "run=shapes:unet_edit to=web", "which also reads a picture, and only a caption is"),
+    ("export", "run=shapes:unet to=web", "was not distilled to few steps, and has no sampler to"),
     ("demo", "run=shapes:unet_edit", "edits pictures, and the demonstration makes whole ones; use"),
     ("demo", "run=shapes:unet teacher=shapes:unet_inpaint", "teacher=shapes:unet_inpaint: fills"),
     ("demo", "run=shapes:unet guidance=nan", "guidance=nan: must be from 1 to 1000"),
@@ -595,7 +650,7 @@ WRONG = [
     (
         "run",
         "method=dpo sampler=guided teacher=instruct_pix2pix data=pairs data.path={here}/x.tar",
-        "data: this method learns from pairs of a winner and a loser; give some by data=preference",
+        "no such picture; choose a text-to-image model, as in experiment=dpo_sdxl",
     ),
     (
         "run",
@@ -862,6 +917,12 @@ def prepared(here: Path) -> Path:
         (here / name / "model_index.json").write_text(
             json.dumps({"_class_name": kind}), encoding="utf-8"
         )
+    (here / "editor" / "scheduler").mkdir(parents=True)  # a student
+    (here / "editor" / "scheduler" / "scheduler_config.json").write_text("{}", encoding="utf-8")
+    editor = {"_class_name": "StableDiffusionInstructPix2PixPipeline"}
+    (here / "editor" / "model_index.json").write_text(
+        json.dumps({**editor, "_distill": {"sampler": {"name": "Consistency"}}}), encoding="utf-8"
+    )
     put_tar(here / "edits.tar", dict.fromkeys(("a.source.png", "a.target.png", "a.txt"), b""))
     put_tar(here / "winners.tar", dict.fromkeys(("a.winner.png", "a.loser.png"), b""))
     put_tar(here / "cached.tar", {"a.latent.npy": b"", "a.txt": b"x"})

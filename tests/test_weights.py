@@ -150,6 +150,32 @@ def test_the_export_command_writes_and_applies_a_delta(
     assert all(torch.allclose(two[k], v, rtol=1e-2, atol=5e-3) for k, v in one.items())
 
 
+def test_a_delta_of_another_network_is_named_by_the_keys_of_the_export(
+    command, teachers, pipelines, tmp_path
+):
+    file = students.save_delta(teachers("unet"), teachers("unet"), tmp_path / "d.safetensors")
+    words = [f"delta={file}", f"out={tmp_path / 'again'}"]
+    code, _, err = command("export", f"base={pipelines('mmdit')}", *words)
+    assert code == 1
+    said = err.splitlines()[-1]
+    start = f"distill: delta={file}: not of a SD3Transformer2DModel like that of base= ("
+    assert said.startswith(start)
+    assert said.endswith("; give base=<the teacher of the run that wrote it>")
+    assert "teacher" not in said.removesuffix("<the teacher of the run that wrote it>")
+    code, _, err = command("export", f"base={pipelines('unet')}", *words)
+    assert code == 0, err
+
+
+def test_a_base_that_is_no_pipeline_of_ours_is_named_by_its_key(command, tmp_path):
+    (tmp_path / "other").mkdir()
+    index = json.dumps({"_class_name": "WuerstchenPipeline"})
+    (tmp_path / "other" / "model_index.json").write_text(index, encoding="utf-8")
+    save_file({"x": torch.zeros(1)}, tmp_path / "d.safetensors")
+    code, _, err = command("export", "base=other", "delta=d.safetensors", "out=again")
+    assert code == 1
+    assert "distill: base=other holds a WuerstchenPipeline; known are " in err
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [
@@ -189,8 +215,10 @@ def test_a_folder_that_is_there_is_not_replaced_by_a_delta_s(command, pipelines,
 
 def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"teacher\.weights=.*not of a UNet2DConditionModel"):
+    with pytest.raises(ValueError, match=r"teacher\.weights=.*not of a UNet2DCond") as caught:
         SD(str(pipelines("unet")), weights=str(tmp_path / "x.safetensors"))
+    advice = "; choose the teacher that they are for, or weights of this one"
+    assert str(caught.value).endswith(advice)
     with pytest.raises(FileNotFoundError, match=r"teacher\.weights=nowhere: no such file"):
         SD(str(pipelines("unet")), weights="nowhere")
     sides = {"A": (2, 16), "B": (16, 2)}
@@ -213,7 +241,7 @@ def test_what_does_not_fit_is_said(pipelines, teachers, tmp_path):
             match=r"teacher\.without=.*must be a list of feature_extractor, .*text_encoder, ",
         ):
             SD(str(pipelines("unet")), without=without)
-    with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export"):
+    with pytest.raises(ValueError, match=r"delta=.*not a file that distill\.export.*; give one$"):
         students.apply_delta(SD(str(pipelines("unet"))), tmp_path / "x.safetensors", tmp_path / "y")
     with pytest.raises(ValueError, match="base: .*has another shape than the student's"):
         students.save_delta(teachers("mmdit"), teachers("unet"), tmp_path / "z")

@@ -68,7 +68,7 @@ def _apply_delta(cfg: DictConfig, out: Path) -> Path:
     from distill.config import models
     from distill.students import apply_delta
 
-    return apply_delta(models.student_of(cfg.base), Path(cfg.delta), _new(str(out)))
+    return apply_delta(models.student_of(cfg.base, key="base"), Path(cfg.delta), _new(str(out)))
 
 
 def _out(cfg: DictConfig) -> Path:
@@ -122,8 +122,10 @@ def check(cfg: DictConfig) -> None:
             what = f"has no effect on to={cfg.to}, only on to={' and to='.join(forms)}"
             raise ValueError(f"{key}={cfg[key]}: {what}; leave it out")
     check_lora(cfg)
+    _check_kind(cfg)  # first: nothing to install or to fetch makes a student another
+    if cfg.to in PACKAGES:
+        check_distilled(pipeline_folder(Path(shipped(cfg.run))), f"to={cfg.to}: run={cfg.run}")
     _check_packages(cfg)
-    _check_kind(cfg)
     if cfg.out is not None and not Path(cfg.out).name:
         raise ValueError(f"out={cfg.out}: is no name of a new file or folder; give one")
     check_free(_out(cfg), "out")
@@ -131,8 +133,6 @@ def check(cfg: DictConfig) -> None:
     if cfg.out is not None and cfg.to in OF_A_FILE and not str(cfg.out).endswith(ENDING):
         what = f"to={cfg.to} writes a file that is read by its ending; name it {cfg.out}{ENDING}"
         raise ValueError(f"out={cfg.out}: {what}")
-    if cfg.to in PACKAGES:
-        check_distilled(pipeline_folder(Path(shipped(cfg.run))), f"to={cfg.to}: run={cfg.run}")
 
 
 def _check_packages(cfg: DictConfig) -> None:
@@ -248,7 +248,7 @@ def _base(cfg: DictConfig) -> Any:
     from distill.config import build, models
 
     if cfg.base is not None:
-        return models.student_of(cfg.base)
+        return models.student_of(cfg.base, key="base")
     return build.make(config_of(cfg.run, "teacher").teacher, "teacher")
 
 

@@ -122,8 +122,6 @@ def check(cfg: DictConfig) -> list[str]:
             check_guidance(cfg[key], key)
     validate.check_number(cfg, "strength")
     validate.check_size(cfg.size)
-    if cfg.negative is not None and cfg.guidance is None:
-        raise ValueError("negative: has no effect without guidance; add guidance=")
     check_dtype(cfg.dtype, "dtype", "auto")
     check_precision(cfg.precision)
     check_lora(cfg)
@@ -148,7 +146,7 @@ def check(cfg: DictConfig) -> list[str]:
     picture_keys.check_size_fits(cfg.run, cfg.size)
     if cfg.mask is not None:
         picture_keys.check_white_in_crop(cfg.run, cfg.size, cfg.mask)
-    picture_keys.check_guidance(cfg.run, cfg.guidance, picture_keys.is_few_step(cfg.run))
+    picture_keys.check_guidance(cfg, picture_keys.is_few_step(cfg.run))
     check_ours(Path(cfg.out), "out", "grid.png")
     check_free(Path(cfg.out), "out")
     return prompts
@@ -184,7 +182,7 @@ def _picture_function(cfg: DictConfig, model: Any) -> Callable[[list[str], list[
     options, image = {"shape": model.shape_of(cfg.size), "steps": cfg.steps}, None
     check_text_alone(model, cfg)
     picture_keys.check_fills(model, cfg.run, cfg.mask)
-    picture_keys.check_guidance(cfg.run, cfg.guidance, distilled(model.pipeline))
+    picture_keys.check_guidance(cfg, distilled(model.pipeline))
     if cfg.image:
         height, width = model.sides_of(options["shape"])
         image = to_model_input(open_rgb(Path(cfg.image), "image="), width, height).to(model.device)

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import distill.worlds.shapes
 from distill.config import paths, texts, trust
+from distill.config.leaving_out import leave_out
 from distill.config.paths import SHIPPED, escaped
 from distill.config.signatures import keys_beside
 from distill.machine.faults import first_line
@@ -122,7 +123,8 @@ def _checked_value(value: Any, path: str) -> Any:
         unknown = sorted(set(map(str, value)) - {*takes, *keys_beside(path)} - SPECIAL)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             key, near = f"{path}.{unknown[0]}" if path else unknown[0], nearest(unknown[0], takes)
-            raise ValueError(f"{key}: {name} takes no such key{near}; leave it out")
+            how = leave_out(key, overrides())
+            raise ValueError(f"{key}: {name} takes no such key{near}; {how}")
     return {
         key: _checked_value(inner, f"{path}.{key}" if path else key) for key, inner in value.items()
     }

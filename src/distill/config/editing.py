@@ -148,6 +148,3 @@ def check_edit(cfg: DictConfig, edits: bool, in_context: bool = False) -> None:
     if not edits and cfg.image_guidance is not None:
         what = f"is for a model that edits, and run={cfg.run} does not"
         raise ValueError(f"image_guidance={cfg.image_guidance}: {what}; leave it out")
-    if cfg.image_guidance is not None and cfg.guidance is None:
-        what = "has no effect without guidance; add guidance="
-        raise ValueError(f"image_guidance={cfg.image_guidance}: {what}")

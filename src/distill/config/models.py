@@ -69,16 +69,21 @@ def teacher_of_student(run: str, dtype: str = "float32") -> Any | None:
 
 
 def student_of(
-    run: str, dtype: str = "float32", lora: str | None = None, lora_scale: float = 1.0
+    run: str,
+    dtype: str = "float32",
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+    *,
+    key: str = "run",
 ) -> Any:
     """The student of a run folder, or a pipeline of a known family, as one of our adapters.
 
-    `run` is a folder or a hub id; for `dtype` see `resolve_dtype`. A `lora` times `lora_scale` is
-    added to its weights: see `weights.put_lora`.
+    `run` is a folder or a hub id, and `key` its setting; for `dtype` see `resolve_dtype`. A `lora`
+    times `lora_scale` is added to its weights: see `weights.put_lora`.
     """
     folder = pipeline_folder(Path(shipped(run)))
     path = str(folder) if folder.exists() else run
-    family = family_of(class_of(path), run)
+    family = family_of(class_of(path, key), run, key)
     adapter = get_object(family)
     dtype = resolve_dtype(dtype, path, adapter.kind)
     node = {"_target_": family, "path": path, "dtype": dtype}
@@ -90,9 +95,9 @@ def student_of(
     try:
         found = make(OmegaConf.create(node), "teacher")
     except InstantiationException as error:
-        # The message names teacher.path and teacher.dtype; the user has typed run and dtype.
+        # The message names teacher.path and teacher.dtype; the user has typed `key` and dtype.
         if isinstance(error.__cause__, (ValueError, OSError)):
-            message = str(error.__cause__).replace(f"teacher.path={path}", f"run={run}")
+            message = str(error.__cause__).replace(f"teacher.path={path}", f"{key}={run}")
             message = message.replace("teacher.dtype=", "dtype=")
             raise ValueError(WITHOUT.sub(IN_INDEX, message)) from None
         raise

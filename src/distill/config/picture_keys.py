@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import ListConfig
+from omegaconf import DictConfig, ListConfig
 from PIL import Image, ImageOps
 
 from distill.config.compose import config_of, shipped
@@ -78,16 +78,23 @@ def check_size_fits(run: str, size: Any, key: str = "") -> None:
     limits.check_pixels(plain, f"{key}size")
 
 
-def check_guidance(run: str, guidance: float | None, few: bool | None) -> None:
-    """Check that a model of few steps is not guided, and that any other one is. `few`: whether it
-    is one, where that is known already.
+def check_guidance(cfg: DictConfig, few: bool | None) -> None:
+    """Check that a model of few steps is not guided, and that any other one is; and that what only
+    guidance reads is not given without. `few`: whether it is one, where that is known already.
     """
-    if guidance is None and few is False:
+    if cfg.guidance is not None and few:
+        what = f"run={cfg.run} was distilled to work without; leave it out"
+        raise ValueError(f"guidance={cfg.guidance}: {what}")
+    for key in ("negative", "image_guidance"):
+        if cfg[key] is not None and few:
+            what = f"run={cfg.run} was distilled to work without guidance; leave it out"
+            raise ValueError(f"{key}={cfg[key]}: {what}")
+        if cfg[key] is not None and cfg.guidance is None:
+            what = "has no effect without guidance; add guidance="
+            raise ValueError(f"{key}={cfg[key]}: {what}")
+    if cfg.guidance is None and few is False:
         what = "was not distilled to few steps; add guidance=5 steps=28 or the like"
-        raise ValueError(f"run={run}: {what}")
-    if guidance is not None and few:
-        what = f"run={run} was distilled to work without; leave it out"
-        raise ValueError(f"guidance={guidance}: {what}")
+        raise ValueError(f"run={cfg.run}: {what}")
 
 
 def is_few_step(run: str) -> bool | None:

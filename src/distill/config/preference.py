@@ -6,21 +6,28 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 from distill.config.compose import shipped
+from distill.config.editing import DRAWN, GIVE_MASKED, GIVE_PAIRS
 from distill.config.generator import refuse_generator
+from distill.config.paths import SHIPPED
 from distill.core.limits import DOES, LARGEST_SCALE, NO_SAMPLES
 from distill.machine.faults import first_line
 from distill.storage import source_code
 from distill.storage.bounded import check_header
-from distill.teachers.families import family
+from distill.teachers.families import Family, family
 from distill.teachers.loading import locate
 from distill.terminal.shown import shown
 
 TORCH = (b"PK\x03\x04", b"\x80")  # how files of torch start, new ones and old ones
 PREFERENCES = "distill.data.source.preferences"
 PROMPTS = "distill.data.source.prompts"
-DRAWN = "distill.data.source.drawn"
 SOURCES = ("images", "latents", "drawn", "pairs")
 OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
+# What a family reads beside the caption -> data for it, with a method that reads no pairs.
+WITHOUT_PAIRS = {
+    "source": GIVE_PAIRS,
+    "mask": GIVE_MASKED,
+    None: "use method=dpo sampler=guided, or give pictures by data=images data.path=<folder>",
+}
 
 
 def check_preference(cfg: DictConfig) -> None:
@@ -31,12 +38,7 @@ def check_preference(cfg: DictConfig) -> None:
     of_pairs, many_steps = (
         bool(source_code.attribute(method, name)) for name in ("of_pairs", "many_steps")
     )
-    _check_data(cfg.data, of_pairs)
-    facts = family(str(cfg.teacher._target_))
-    if facts is not None and facts.image and str(cfg.data._target_) == PREFERENCES:
-        what = f"{DOES[facts.image]}, and pairs of a preference have no such picture"
-        how = "choose a text-to-image model"
-        raise ValueError(f"teacher: a {facts.kind_name()} {what}; {how}")
+    _check_data(cfg, of_pairs, family(str(cfg.teacher._target_)))
     if many_steps != _keeps_steps(str(cfg.sampler._target_)):
         what = "keeps the teacher's many steps" if many_steps else "trains few steps"
         chosen = "sampler=guided" if many_steps else "sampler=consistency or the like"
@@ -44,17 +46,25 @@ def check_preference(cfg: DictConfig) -> None:
         raise ValueError(f"sampler: {name} does not fit a method that {what}; choose {chosen}")
 
 
-def _check_data(data: DictConfig, of_pairs: bool) -> None:
-    target = str(data._target_)
-    if of_pairs and target in OTHERS and not data.get("pairs"):
-        what = "this method learns from pairs of a winner and a loser"
-        raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
-    if not of_pairs and target == DRAWN and data.get("pairs"):
+def _check_data(cfg: DictConfig, of_pairs: bool, facts: Family | None) -> None:
+    target, read = str(cfg.data._target_), facts.image if facts else None
+    lacks_pairs = of_pairs and target in OTHERS and not cfg.data.get("pairs")
+    if not of_pairs and target == DRAWN and cfg.data.get("pairs"):
         what = "adds losers, which this method does not read; make it false, or choose"
-        raise ValueError(f"data.pairs={data.pairs}: {what} method=dpo sampler=guided")
+        raise ValueError(f"data.pairs={cfg.data.pairs}: {what} method=dpo sampler=guided")
     if not of_pairs and target == PREFERENCES:
         what = "holds pairs of a preference, which this method does not read"
-        raise ValueError(f"data.path={data.path}: {what}; use method=dpo, or data=images")
+        raise ValueError(f"data.path={cfg.data.path}: {what}; {WITHOUT_PAIRS[read]}")
+    if facts is not None and read and (lacks_pairs or target == PREFERENCES):
+        what = f"{DOES[read]}, and pairs of a preference have no such picture"
+        own = str(cfg.teacher.get("path")).startswith(SHIPPED)
+        how = f"as in experiment={'dpo_lora_shapes' if own else 'dpo_sdxl'}"
+        raise ValueError(
+            f"teacher: a {facts.kind_name()} {what}; choose a text-to-image model, {how}"
+        )
+    if lacks_pairs:
+        what = "this method learns from pairs of a winner and a loser"
+        raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
 
 
 def check_captions_alone(cfg: DictConfig) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.config import editing, signatures, trust
-from distill.config.compose import check_counts, check_run_dir_free, nearest, shipped
+from distill.config.compose import check_counts, check_run_dir_free, nearest, overrides, shipped
 from distill.config.data_files import check_files, check_first_samples, check_side
 from distill.config.draws import check_draws
 from distill.config.evaluation_networks import check_networks
 from distill.config.generator import check_generator, refuse_generator
+from distill.config.leaving_out import leave_out
 from distill.config.noise_pairs import check_noise
 from distill.config.optimizers import check_optimizers
 from distill.config.paths import TEACHERS_OWN
@@ -65,6 +66,7 @@ def check_run(cfg: DictConfig) -> None:
     check_counts(cfg, COUNTS)
     check_most(cfg, LARGEST)
     check_side(cfg.data)
+    check_preference(cfg)  # first: no key mends data that are none of the method's
     check_keys(cfg)
     check_ranges(cfg)
     check_lists(cfg)
@@ -80,16 +82,15 @@ def check_run(cfg: DictConfig) -> None:
     check_features(cfg.discriminator)
     check_decoder(cfg.method)
     check_pairs(cfg.method)
-    check_preference(cfg)
     check_batches(cfg)
     check_start(cfg)
     check_noise(cfg)
     check_data(cfg.data)
-    check_captions_alone(cfg)
     check_fit(cfg.data, cfg.teacher)
     if isinstance(made := cfg.method.get("real"), DictConfig):
         check_made(cfg.teacher, made, "method.real.")
     editing.check_masks_fit(cfg.data, families.family(str(cfg.teacher._target_)))
+    check_captions_alone(cfg)
     check_videos(cfg)
     check_samples_prompts(cfg)
     if has_target(cfg.get("metrics")):
@@ -114,7 +115,8 @@ def check_groups(cfg: DictConfig) -> None:
         for key, node in (cfg.get(group) or {}).items():
             if key not in known:
                 near = nearest(str(key), known)
-                raise ValueError(f"{group}.{key}: nothing reads this key{near}; leave it out")
+                how = leave_out(f"{group}.{key}", overrides())
+                raise ValueError(f"{group}.{key}: nothing reads this key{near}; {how}")
             if not isinstance(node, DictConfig | None):
                 raise ValueError(f"{group}.{key}={node}: must be a node with a _target_")
     for key in optimized:
@@ -138,7 +140,9 @@ def check_players(discriminator: DictConfig) -> None:
     """Check that parts of the discriminator are nodes or null, and that features have heads."""
     for key, node in discriminator.items():
         if node is not None and not has_target(node):
-            raise ValueError(f"discriminator.{key}={node}: must be a node with a _target_")
+            how = leave_out(f"discriminator.{key}", overrides())
+            what = f"must be a node with a _target_; give one, or {how}"
+            raise ValueError(f"discriminator.{key}={node}: {what}")
     if discriminator.get("features") is not None and discriminator.get("heads") is None:
         what = "features need heads; give some, or discriminator=none"
         raise ValueError(f"discriminator.heads=null: {what}")
@@ -243,10 +247,12 @@ def check_taken(node: dict[str, Any], name: str, path: str) -> None:
         if key.startswith("_"):
             continue
         if key in given:
-            raise ValueError(f"{path}{key}={value}: the program sets it itself; leave it out")
+            how = leave_out(f"{path}{key}", overrides())
+            raise ValueError(f"{path}{key}={value}: the program sets it itself; {how}")
         if key not in taken.keys and not taken.open:
             near = nearest(key, taken.keys)
-            raise ValueError(f"{path}{key}: {name} takes no such key{near}; leave it out")
+            how = leave_out(f"{path}{key}", overrides())
+            raise ValueError(f"{path}{key}: {name} takes no such key{near}; {how}")
         if what := signatures.expected(taken, key, value):
             raise ValueError(f"{path}{key}={value}: must be {what}")
         for name_of, inner in value.items() if signatures.of_nodes(taken, key) else ():

@@ -255,9 +255,10 @@ def apply_delta(base: PipelineTeacher, file: Path, folder: Path) -> Path:
     with readable(f"delta={file}"):
         about = about_weights(file)
     if "delta" not in about:
-        raise ValueError(f"delta={file}: not a file that distill.export to=delta wrote")
+        what = "not a file that distill.export to=delta wrote; give one"
+        raise ValueError(f"delta={file}: {what}")
     scheduler = _scheduler_of(about, file)
-    put_on(base.pipeline, str(file))
+    put_on(base.pipeline, str(file), "delta")
     return save_pipeline(base.network, base, folder, scheduler)
 
 

@@ -40,7 +40,7 @@ def add_lora(
     """
     if not hasattr(pipeline, "lora_state_dict"):
         what = f"is a LoRA, and diffusers puts none on a {type(pipeline).__name__}"
-        raise ValueError(f"{where} {what}")
+        raise ValueError(f"{where} {what}; choose another file")
     own = {name: tensor for name, tensor in state.items() if not name.startswith(TEXT)}
     if len(own) < len(state):
         what = "its layers for text encoders are left out, and those may matter"
@@ -109,7 +109,7 @@ def with_alphas_applied(state: State, layers: dict[str, tuple[str, str]], where:
         if alpha is None:
             continue
         if alpha.numel() != 1 or not torch.isfinite(alpha.float()).all():
-            raise ValueError(f"{where}: {layer}.alpha is not a number")
+            raise ValueError(f"{where}: {layer}.alpha is not a number; fetch it anew")
         scale = float(alpha) / len(state[a])
         if scale != 1:  # float16 would lose small values
             found[b] = state[b].float() * scale
@@ -136,9 +136,8 @@ def _translated(
                 named = convert_unet_state_dict_to_peft(named)
             found[key] = named
     except Exception as error:  # unknown names may raise anything
-        raise ValueError(
-            f"{where}: diffusers cannot read its names ({first_line(error)})"
-        ) from None
+        what = f"diffusers cannot read its names ({first_line(error)})"
+        raise ValueError(f"{where}: {what}; choose another file") from None
     there = {int(x.flatten()[0]) for name, x in found["probes"].items() if ".lora_A." in name}
     if dropped := [layer for i, layer in enumerate(layers) if i not in there]:
         _refuse_layers(model, dropped, len(layers), where)

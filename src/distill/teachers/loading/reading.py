@@ -143,7 +143,7 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def class_of(path: str) -> str:
+def class_of(path: str, key: str = "run") -> str:
     """The class of the pipeline in a folder or of a hub id.
 
     Raises FileNotFoundError, or ValueError if it has none.
@@ -154,7 +154,7 @@ def class_of(path: str) -> str:
             file = Path(hf_hub_download(path, file.name))
         except (OSError, ValueError) as error:
             raise not_fetched(
-                f"run={path}", error, "no such folder, and cannot be fetched from the hub"
+                f"{key}={path}", error, "no such folder, and cannot be fetched from the hub"
             ) from None
     if not file.is_file():
         raise no_model(path)

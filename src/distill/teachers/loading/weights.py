@@ -22,25 +22,36 @@ from distill.teachers.loading.locate import in_repository, lora_in, no_file
 from distill.teachers.loading.lora_files import add_lora
 from distill.teachers.loading.reading import not_fetched
 
+# Setting -> the network that its weights must be like, and what to do with those of another.
+LIKE = {
+    "teacher.weights": (
+        "this teacher's",
+        "choose the teacher that they are for, or weights of this one",
+    ),
+    "delta": ("that of base=", "give base=<the teacher of the run that wrote it>"),
+}
 
-def put_on(pipeline: Any, path: str) -> None:
+
+def put_on(pipeline: Any, path: str, key: str = "teacher.weights") -> None:
     """Load a local file, or `owner/repository/file` of the hub, into the pipeline's denoiser.
 
     It holds a UNet's or transformer's weights with diffusers' names (DMD2); a LoRA, which is fused
     (Hyper-SD); or a delta of `distill.export to=delta`, which is added. Of a LoRA only layers of
     the denoiser are used, because a student's text encoders are copies of the teacher's files.
 
-    Raises FileNotFoundError, or ValueError for weights of another network.
+    `key` is the setting: teacher.weights, or `delta` of the export. Raises FileNotFoundError, or
+    ValueError for weights of another network.
     """
-    file = local_file(path, "teacher.weights")
-    with readable(f"teacher.weights={path}"):
+    file, where = local_file(path, key), f"{key}={path}"
+    with readable(where):
         state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if any("lora" in name for name in state):
-        add_lora(pipeline, model, state, f"teacher.weights={path}", file)
+        add_lora(pipeline, model, state, where, file)
     else:
-        _load_state(model, state, path, add="delta" in about)
-    check_finite(model, f"teacher.weights={path}: with it the {type(model).__name__}")
+        _check_shapes(model, state, key, where)
+        _load_state(model, state, add="delta" in about)
+    check_finite(model, f"{where}: with it the {type(model).__name__}")
 
 
 def put_lora(pipeline: Any, path: str, scale: float = 1.0) -> None:
@@ -55,21 +66,25 @@ def put_lora(pipeline: Any, path: str, scale: float = 1.0) -> None:
         state, _ = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
     if not any("lora" in name for name in state):
-        what = "holds no LoRA; give one, or full weights as teacher.weights="
+        what = "holds no LoRA; give the file of one"
         raise ValueError(f"lora={path}: {what}")
     add_lora(pipeline, model, state, f"lora={path}", file, scale)
     check_finite(model, f"lora={path}: with it the {type(model).__name__}")
 
 
-def _load_state(model: nn.Module, state: dict[str, Tensor], path: str, add: bool) -> None:
-    """Load the tensors of the state into the model, or `add` them."""
-    own = model.state_dict()
+def _check_shapes(model: nn.Module, state: dict[str, Tensor], key: str, where: str) -> None:
+    """Raise ValueError, starting with `where`, for tensors of another network."""
+    own, kind = model.state_dict(), type(model).__name__
     shapes, theirs = ({k: v.shape for k, v in tensors.items()} for tensors in (own, state))
     if other := [k for k in shapes | theirs if shapes.get(k) != theirs.get(k)]:
         what = f"{len(other)} tensors are not there or of another shape, {sorted(other)[0]} for one"
-        raise ValueError(
-            f"teacher.weights={path}: not of a {type(model).__name__} like this teacher's ({what})"
-        )
+        whose, how = LIKE[key]
+        raise ValueError(f"{where}: not of a {kind} like {whose} ({what}); {how}")
+
+
+def _load_state(model: nn.Module, state: dict[str, Tensor], add: bool) -> None:
+    """Load the tensors of the state into the model, or `add` them."""
+    own = model.state_dict()
     model.load_state_dict(
         {k: (own[k].float() + v.float() if add else v).to(own[k].dtype) for k, v in state.items()}
     )
