@@ -181,13 +181,14 @@ def test_a_run_on_pairs_leaves_an_editor_that_samples(command, folders, pairs, t
     assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
     Image.fromarray(render([EDITS[0].source])[0]).save(tmp_path / "source.png")
     ask = [f"run={tmp_path / 'run'}", "prompt=make it red", "out=drawn", "seed=3"]
+    ask.append("precision=32-true")  # as the pipeline, on every machine
     code, out, err = command("sample", *ask, f"image={tmp_path / 'source.png'}")
     assert code == 0, err
     made = np.asarray(Image.open(out.strip()))
     pipeline = opened(tmp_path / "run" / "student")
     options = {"num_inference_steps": 1, "guidance_scale": 0.0, "generator": seeded([3])}
     expected = pipeline(["make it red"], image=SOURCE[:1], output_type="np", **options).images[0]
-    assert np.abs(made / 255.0 - expected).max() < 0.01
+    assert np.abs(made / 255.0 - expected).max() < 0.003
     code, _, err = command("sample", *ask)
     assert code == 1
     assert f"image: not given, and run={tmp_path / 'run'} edits a picture; add image=" in err

@@ -5,12 +5,14 @@ torch is imported.
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
@@ -21,6 +23,7 @@ from distill.commandline.keys import check_known, check_own_keys
 from distill.commandline.quoting import own_keys
 from distill.config import validate
 from distill.config.compose import dotted
+from hostile import png
 from tiny import put_tar
 
 OPTIONS = [  # of groups that no experiment takes
@@ -58,8 +61,11 @@ def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("here")
     (folder / "prompts.txt").write_text("a\n", encoding="utf-8")
     (folder / "few_step.safetensors").write_bytes(b"")
-    names = ("0.source.png", "0.target.png", "0.txt")  # of an edit pair, which are read
-    put_tar(folder / "x.tar", dict.fromkeys(names, b""))
+    # one sample of every kind of data: the first ones are looked at
+    np.save(latents := io.BytesIO(), np.zeros((4, 8, 8), np.float32))
+    files = {f"0.{part}png": png(1024, 1024) for part in ("", "source.", "target.")}
+    files |= {f"0.{side}.npy": latents.getvalue() for side in ("winner", "loser")}
+    put_tar(folder / "x.tar", {**files, "0.latent.npy": latents.getvalue(), "0.txt": b"a"})
     return folder
 
 

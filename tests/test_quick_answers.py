@@ -123,7 +123,7 @@ WRONG = [
     ),
     (
         "run",
-        "sampler.guidance=1e40 sampler=guided",
+        "experiment=dpo_lora_shapes data=renders data.pairs=true sampler.guidance=1e40",
         "sampler.guidance=1e+40: must be from 0 to 1000",
     ),
     (

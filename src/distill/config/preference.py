@@ -64,7 +64,8 @@ def _check_data(cfg: DictConfig, of_pairs: bool, facts: Family | None) -> None:
         )
     if lacks_pairs:
         what = "this method learns from pairs of a winner and a loser"
-        raise ValueError(f"data: {what}; give some by data=preference data.path=<shards>")
+        how = "data.pairs=true" if target == DRAWN else "some by data=preference data.path=<shards>"
+        raise ValueError(f"data: {what}; give {how}")
 
 
 def check_captions_alone(cfg: DictConfig) -> None:
