@@ -142,6 +142,17 @@ def test_a_wrong_argument_is_named_before_weights_are_read(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_option_that_a_file_s_keys_do_not_fit(command):
+    """The file has a list where the method has a node. What OmegaConf says names neither."""
+    code, _, err = command("run", "experiment=nitrofusion_shift_shapes", "method=ladd")
+    assert code == 1
+    file, why = (
+        "experiment/nitrofusion_shift_shapes.yaml",
+        "Cannot merge DictConfig with ListConfig",
+    )
+    assert err == f"distill: {file}: does not fit method=ladd ({why}); leave out method=ladd\n"
+
+
 @pytest.mark.parametrize(
     ("word", "value"),
     [

@@ -272,10 +272,20 @@ def _hydra_sentence(text: str) -> str:
         return f"--config-dir={quoted}: there is no such folder; give the one that has experiment/"
     if text.startswith("Could not override"):
         return f"{quoted}: no such group{nearest(quoted, GROUPS)}; --help lists all"
+    if found := re.match(r"In '(.+?)': \w+ raised while composing config:\s*(.*)", text):
+        return _not_merged(found[1], found[2])
     if text.startswith("Could not delete"):
         return _not_deleted(quoted.removeprefix("defaults."), text)
     unquoted = re.search(r"'([\w./@]+)'", text)
     return text.rstrip(". ") + (nearest(unquoted[1], GROUPS) if unquoted else "")
+
+
+def _not_merged(file: str, why: str) -> str:
+    """A file sets a key in another form than an option beside it: a list and not a node."""
+    words = [word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS]
+    beside = " ".join(word for word in words if word.replace("=", "/") != file)
+    how = f"leave out {beside}" if beside else "mend the file"
+    return f"{file}.yaml: does not fit {beside or 'the other options'} ({why}); {how}"
 
 
 def _not_deleted(key: str, text: str) -> str:
