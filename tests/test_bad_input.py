@@ -398,7 +398,7 @@ def test_what_the_hub_refuses_is_said_in_words(kind, said, refused, monkeypatch,
     monkeypatch.setattr(SD.kind, "download", behind)
     (tmp_path / "x.safetensors").write_bytes(b"")
     (tmp_path / "photos").mkdir()
-    Image.new("RGB", (64, 64)).save(tmp_path / "photos" / "a.png")
+    Image.new("RGB", (512, 512)).save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "a.txt").write_text("a star", encoding="utf-8")
     for key, value, more in (
         ("teacher.path", "someone/model", []),
@@ -719,8 +719,8 @@ def test_what_cannot_be_judged(asked, tmp_path):
     )
     lines = {"metrics": "prompts", "path": tmp_path / "prompts.txt"}
     said = "metrics.reference=None: fid needs a folder of real pictures"
-    assert asked("metrics.measures=[fid]", **lines) == said
-    said = asked("metrics.measures=[fid]", f"metrics.reference={tmp_path}", **lines)
+    assert asked("metrics.measures=[fid]", "steps=1", **lines) == said
+    said = asked("metrics.measures=[fid]", "steps=1", f"metrics.reference={tmp_path}", **lines)
     assert said == f"metrics.reference={tmp_path}: holds no pictures"
     for wrong in ("batch_size=0", "size=large", "seed=-1", "prompts=some", "prompts=3"):
         assert asked(f"metrics.{wrong}").startswith(f"metrics.{wrong}: must be a whole number")

@@ -23,6 +23,7 @@ import pytest
 import torch
 import transformers
 
+import hostile
 import tiny
 from distill.data.datasets import LatentShards
 from distill.data.shards import Shards
@@ -216,15 +217,21 @@ def test_too_many_bad_pictures_stop_the_cache(command, asked, tmp_path):
 
 
 def test_a_cache_without_a_usable_picture_leaves_nothing(command, asked, tmp_path):
-    files = {f"{i:03d}.png": b"no picture" for i in range(6)}
-    files |= {f"{i:03d}.txt": tiny.CAPTIONS[i].encode() for i in range(6)}
-    path = put_tar(tmp_path / "bad.tar", files)
-    share = "data.max_bad_share=1"
-    code, _, err = command("cache", *asked["cache"], f"data.path={path}", share, "out=made")
-    said = f"data.path={path}: all 6 samples are bad; repair them. The first: {path}:000: its .png"
-    assert code == 1
-    assert err.splitlines()[-1].startswith(f"distill: {said} does not decode (")
-    assert not (tmp_path / "made").exists()
+    """What is no picture is found before anything is loaded; one that is cut short, in its turn."""
+    whole = hostile.png(64, 64)
+    for data, what in (
+        (b"no picture", "none of its first 6 samples is usable,"),
+        (whole[: len(whole) // 2], "all 6 samples are bad; repair them. The first:"),
+    ):
+        files = {f"{i:03d}.png": data for i in range(6)}
+        files |= {f"{i:03d}.txt": tiny.CAPTIONS[i].encode() for i in range(6)}
+        path = put_tar(tmp_path / "bad.tar", files)
+        given = [*asked["cache"], f"data.path={path}", "data.max_bad_share=1"]
+        code, _, err = command("cache", *given, "out=made")
+        said = f"distill: data.path={path}: {what} {path}:000: its .png does not decode ("
+        assert code == 1
+        assert err.splitlines()[-1].startswith(said)
+        assert not (tmp_path / "made").exists()
 
 
 def test_bad_pictures_of_several_parts_count_together(command, asked, tmp_path):

@@ -20,7 +20,11 @@ def test_wrong_settings_of_weights(command, tmp_path, monkeypatch):
     wrong = {
         ("to=diffusers", "weights=int9"): "weights=int9: must be int8 or fp8",
         ("to=web", "weights=int8"): "weights=int8: has no effect on to=web, only on to=diffusers",
-        ("to=onnx", "weights=fp8"): "weights=fp8: to=onnx has no such weights; use weights=int8",
+        (
+            "to=onnx",
+            "weights=fp8",
+            "run=shapes:student",
+        ): "weights=fp8: to=onnx has no such weights; use weights=int8",
     }
     if importlib.util.find_spec("torchao") is not None:
         wrong[("to=diffusers", "weights=fp8", "dtype=float16")] = "dtype=float16: weights=fp8 comp"
