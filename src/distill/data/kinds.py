@@ -92,7 +92,7 @@ def _index_without(path: str, holds: Holds) -> Index:
     if found:
         index = folders.of(found).index
     for shard in [] if found else expand(path):
-        inside = list(index_tar(shard).items())
+        inside = list(index_tar(shard, until=holds).items())
         if any(holds(places) for _, places in inside):
             return []
         index += inside

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from distill.data import folder as folders
 from distill.data import stores
@@ -280,9 +280,11 @@ def _about_keys(index: Index, parts: Collection[str]) -> list[str]:
     return said
 
 
-def index_tar(path: str, name: str | None = None) -> dict[str, Places]:
+def index_tar(
+    path: str, name: str | None = None, until: Callable[[Places], bool] | None = None
+) -> dict[str, Places]:
     """Positions of the files of each sample, by key, from the headers alone. Errors call the shard
-    `name`, if it is not its path.
+    `name`, if it is not its path. It is read up to the first sample for which `until` holds.
 
     Links, devices, folders, sparse files, hidden files and folders, and names without extension are
     ignored. Raises ValueError if the file is no plain tar, is cut short, or holds a file twice.
@@ -304,6 +306,8 @@ def index_tar(path: str, name: str | None = None) -> dict[str, Places]:
                         " sample its own key"
                     )
                 index[key][extension] = path, member.offset_data, member.size
+                if until is not None and until(index[key]):
+                    break
         except tarfile.TarError as error:
             file.seek(0)
             start = file.read(8)  # only now: a tar may start with a file named BZhang
