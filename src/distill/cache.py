@@ -14,14 +14,14 @@ from omegaconf import DictConfig
 
 from distill.config import picture_units, validate
 from distill.config.data_files import check_first_samples
-from distill.config.editing import EDIT_PAIRS
 from distill.config.errors import command
+from distill.config.sources import EDIT_PAIRS, IMAGES
 from distill.data import begun_job
 from distill.machine.faults import RERUN
 from distill.teachers import families
 from distill.terminal.progress import importing, stage
 
-SOURCES = ("distill.data.source.images", "distill.data.source.pairs")  # what can be encoded
+SOURCES = (IMAGES, EDIT_PAIRS)  # what can be encoded
 
 
 def encode(cfg: DictConfig, folder: Path) -> int:

@@ -19,10 +19,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config import picture_units, validate
+from distill.config import validate
 from distill.config.compose import check_counts, processes
 from distill.config.defaults import with_placeholder_data
 from distill.config.errors import command, is_mistake, sentence
+from distill.config.sources import DRAWN
 from distill.machine import faults
 from distill.storage import locks
 from distill.terminal.shown import shown
@@ -127,7 +128,7 @@ def fit(cfg: DictConfig) -> Iterator[Line]:
             raise
         yield "fail", sentence(error), ""
         return
-    if cfg.data.get("_target_") == picture_units.DRAWN:
+    if cfg.data.get("_target_") == DRAWN:
         yield "warn", "no data given: renders of shapes are assumed", "data=images data.path=..."
     if not path.is_dir():
         what = f"teacher.{'config' if file else 'path'}={path} is no local pipeline folder"

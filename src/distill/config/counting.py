@@ -9,11 +9,11 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from distill.config import editing
 from distill.config.compose import shipped
 from distill.config.generator import STUDENT, check_generator
 from distill.config.optimizers import check_optimizers
 from distill.config.quantizing import check_quantize
+from distill.config.sources import LATENTS
 from distill.data import stores
 from distill.data.named import expand, stored_shards
 from distill.data.write import NULL
@@ -165,7 +165,7 @@ def autoencoder_dtype(cfg: DictConfig, path: Path) -> str:
 
 def embedded(cfg: DictConfig) -> bool:
     """Whether the data hold embedded captions, so that no text encoder is read."""
-    if cfg.data.get("_target_") != editing.LATENTS:
+    if cfg.data.get("_target_") != LATENTS:
         return False
     path = shipped(str(cfg.data.path))
     if stores.is_url(path):

@@ -7,9 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config.compose import shipped
-from distill.config.editing import EDIT_PAIRS, LATENTS
-from distill.config.picture_units import IMAGES
-from distill.config.preference import PREFERENCES, PROMPTS
+from distill.config.sources import EDIT_PAIRS, IMAGES, LATENTS, PREFERENCES, PROMPTS
 from distill.data import first
 from distill.data.kinds import check_holds_latents, check_holds_pairs, check_holds_preferences
 from distill.data.lines import Lines

@@ -4,6 +4,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config.compose import shipped
 from distill.config.paths import SHIPPED
+from distill.config.sources import DRAWN, EDIT_PAIRS, IMAGES, LATENTS, OWN, PROMPTS
 from distill.core.limits import DOES
 from distill.core.odds import check_masks
 from distill.data import write
@@ -12,15 +13,12 @@ from distill.evaluation import judged
 from distill.storage import source_code
 from distill.teachers.families import Family, family
 
-OWN_SOURCES = "distill.data.source."
-EDIT_PAIRS = "distill.data.source.pairs"
-DRAWN, LATENTS = "distill.data.source.drawn", "distill.data.source.latents"
 EDITS = "distill.worlds.shapes.scenes.Edits"  # renders for teachers that edit
 SHIPPED_DATA = "shapes:latents"
 UNGUIDED = "a {} is not guided by its source picture"
-WITHOUT_SOURCES = ("distill.data.source.images", "distill.data.source.prompts")
+WITHOUT_SOURCES = (IMAGES, PROMPTS)
 GIVE_PAIRS = "give edit pairs by data=pairs data.path=<shards>"
-MASKABLE = ("distill.data.source.images", DRAWN)
+MASKABLE = (IMAGES, DRAWN)
 GIVE_MASKED = "use data=images data.masks=true data.path=<folder>"
 OF_SHAPES = "use experiment={} without data=, which has data of shapes, or "
 GUIDANCES = ("method.distill", "method.real", "metrics")  # nodes with `image_guidance`
@@ -86,7 +84,7 @@ def _no_sources(family: Family) -> str:
 def check_masks_fit(data: DictConfig, family: Family | None) -> None:
     """Check that a model that fills masks has pictures with masks, and no other model has masks."""
     target, masks = str(data.get("_target_")), data.get("masks")
-    if not target.startswith(OWN_SOURCES):
+    if not target.startswith(OWN):
         return
     if isinstance(masks, DictConfig):
         check_masks(OmegaConf.to_container(masks, resolve=True))

@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distill.config.editing import LATENTS, check_cached_pairs
+from distill.config.editing import check_cached_pairs
+from distill.config.sources import LATENTS
 from distill.core import limits
 from distill.data.write import EDIT_PAIRS
 from distill.storage import fingerprints as content

@@ -9,14 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import editing
 from distill.config.compose import shipped
-from distill.config.preference import PREFERENCES
+from distill.config.sources import DRAWN, EDIT_PAIRS, IMAGES, PREFERENCES
 from distill.core import limits
 from distill.teachers import families
 from distill.teachers.loading import locate
 from distill.teachers.loading.settings import Sides, in_folder, sides_of
-
-IMAGES = "distill.data.source.images"
-DRAWN = "distill.data.source.drawn"
 
 
 def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False) -> None:
@@ -30,7 +27,7 @@ def check_fit(data: DictConfig, teacher: DictConfig, *, published: bool = False)
     if sides is None and published and family and family.usual_unit:
         sides = Sides(family.usual_unit)
     editing.check_pairs_fit(data, family)
-    of_pictures = data.get("_target_") in (IMAGES, DRAWN, editing.EDIT_PAIRS)
+    of_pictures = data.get("_target_") in (IMAGES, DRAWN, EDIT_PAIRS)
     # Pairs of a preference without a size are latents.
     of_pictures |= data.get("_target_") == PREFERENCES and data.get("size") is not None
     if of_pictures:

@@ -6,9 +6,10 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 from distill.config.compose import shipped
-from distill.config.editing import DRAWN, GIVE_MASKED, GIVE_PAIRS
+from distill.config.editing import GIVE_MASKED, GIVE_PAIRS
 from distill.config.generator import refuse_generator
 from distill.config.paths import SHIPPED
+from distill.config.sources import DRAWN, EDIT_PAIRS, IMAGES, LATENTS, PREFERENCES, PROMPTS
 from distill.core.limits import DOES, LARGEST_SCALE, NO_SAMPLES
 from distill.machine.faults import first_line
 from distill.storage import source_code
@@ -18,10 +19,7 @@ from distill.teachers.loading import locate
 from distill.terminal.shown import shown
 
 TORCH = (b"PK\x03\x04", b"\x80")  # how files of torch start, new ones and old ones
-PREFERENCES = "distill.data.source.preferences"
-PROMPTS = "distill.data.source.prompts"
-SOURCES = ("images", "latents", "drawn", "pairs")
-OTHERS = (*(f"distill.data.source.{name}" for name in SOURCES), PROMPTS)
+OTHERS = (IMAGES, LATENTS, DRAWN, EDIT_PAIRS, PROMPTS)
 # What a family reads beside the caption -> data for it, with a method that reads no pairs.
 WITHOUT_PAIRS = {
     "source": GIVE_PAIRS,

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from distill.config import build
 from distill.config.compose import make, shipped
-from distill.config.editing import LATENTS
 from distill.config.models import teacher_of
-from distill.config.preference import PREFERENCES, PROMPTS
+from distill.config.sources import LATENTS, PREFERENCES, PROMPTS
 from distill.core.types import EMBEDDED, FILL
 from distill.data.datasets import LatentShards
 from distill.data.named import expand

@@ -17,12 +17,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distill.config import trust
+from distill.config.sources import PROMPTS
 from distill.storage.bounded import LINES, mapping_of
 from distill.storage.safe_paths import TRUST_RUN, is_trusted_run
 
 # Keys of files that are read as lines of text.
 SHOWN = re.compile(r"callbacks\.[^.]+\.prompts|metrics\.(?:path|prompts)")
-DATA, OF_LINES = "data.path", "distill.data.source.prompts"
+DATA = "data.path"
 # Files of the system about processes and devices. /dev/shm holds ordinary files.
 SYSTEM = ("/proc", "/sys", "/dev")
 ORDINARY = "/dev/shm"
@@ -55,7 +56,7 @@ def check_shown_paths(cfg: DictConfig, file: Path, ignored: Container[str] = ())
 def shown_texts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Dotted key and path of each text file that a run with these values reads and shows."""
     for key, value in values.items():
-        is_lines = key == DATA and values.get("data._target_") == OF_LINES
+        is_lines = key == DATA and values.get("data._target_") == PROMPTS
         if isinstance(value, str) and (is_lines or SHOWN.fullmatch(key)) and _is_file(value):
             yield key, value
 

@@ -6,11 +6,10 @@ from omegaconf import DictConfig
 
 from distill.config.compose import check_counts
 from distill.config.picture_keys import family_of_run
+from distill.config.sources import EDIT_PAIRS, IMAGES
 from distill.core.limits import PIXELS, check_frames
 from distill.storage import source_code
 from distill.teachers.families import Family, family
-
-PICTURES = ("distill.data.source.images", "distill.data.source.pairs")
 
 
 def of_videos(teacher: Any) -> bool:
@@ -31,7 +30,7 @@ def check_videos(cfg: DictConfig) -> None:
         # Ours: a gradient through the decoder of all frames takes more memory than the denoiser.
         other = "use method=ladd or method=nitrofusion, whose heads read latents"
         raise ValueError(f"method._target_={target}: judges pictures, {what}; {other}")
-    if cfg.data.get("_target_") in PICTURES:
+    if cfg.data.get("_target_") in (IMAGES, EDIT_PAIRS):
         other = "generate samples by distill.synthesize for data=synthetic, or use data=prompts"
         raise ValueError(f"data: these are pictures, {what}; {other}")
     if "measures" in (cfg.get("metrics") or {}):  # those of `shapes` refuse it by `fits`
