@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distill.data import decode
+from distill.data.bad import BadSample
 from distill.data.buckets import nearest
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.source import BucketOrder, Source
@@ -123,7 +124,7 @@ def test_a_picture_is_cut_to_its_bucket_and_not_squeezed():
     sample = {"__key__": "0", "__url__": "a", "png": png(picture)}
     assert torch.equal(decode.image(sample, 40, 20), torch.ones(3, 20, 40))
     said = "its image is 60 x 20, under half of 90 x 45, the nearest of data.buckets; remove it, or"
-    with pytest.raises(decode.BadSample, match=said):
+    with pytest.raises(BadSample, match=said):
         decode.image(sample, 90, 45)
 
 

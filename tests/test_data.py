@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from distill.data import datasets, decode, first
-from distill.data.bad import reasons_of
+from distill.data.bad import BadSample, reasons_of
 from distill.data.datasets import ImageShards, LatentShards, Samples
 from distill.data.named import expand
+from distill.data.raw import caption
 from distill.data.shards import Shards
 from distill.data.source import Loader, Order, Source, permutation, prompts
 from distill.data.write import write_images, write_latents
@@ -617,9 +618,7 @@ def test_latents_that_are_refused():
         (huge, "does not decode"),
         (claims, "does not decode"),
     ]:
-        with pytest.raises(
-            decode.BadSample, match=rf"^a\.tar:7: its \.latent\.npy .*{message}|{message}"
-        ):
+        with pytest.raises(BadSample, match=rf"^a\.tar:7: its \.latent\.npy .*{message}|{message}"):
             decode.latent(raw(latent_npy=blob))
 
 
@@ -643,16 +642,16 @@ def test_latents_in_other_layouts():
     ],
 )
 def test_captions_that_are_refused(files, message):
-    with pytest.raises(decode.BadSample, match=message) as caught:
-        decode.caption(raw(**files))
+    with pytest.raises(BadSample, match=message) as caught:
+        caption(raw(**files))
     assert caught.value.name == "a.tar:7"
 
 
 def test_captions():
-    assert decode.caption(raw(txt="\ufeffein Bär \n".encode())) == "ein Bär"
-    assert decode.caption(raw(json=json.dumps({"caption": "c", "text": "t"}).encode())) == "c"
-    assert decode.caption(raw(json=json.dumps({"text": "t"}).encode())) == "t"
-    assert decode.caption(raw(txt=b"x", json=b"{")) == "x"
+    assert caption(raw(txt="\ufeffein Bär \n".encode())) == "ein Bär"
+    assert caption(raw(json=json.dumps({"caption": "c", "text": "t"}).encode())) == "c"
+    assert caption(raw(json=json.dumps({"text": "t"}).encode())) == "t"
+    assert caption(raw(txt=b"x", json=b"{")) == "x"
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -724,14 +723,14 @@ def test_images_that_are_refused():
         ({"jpg": b""}, r"its \.jpg does not decode"),
         ({"txt": b"x"}, r"it has no image \(jpg, jpeg, png, webp, .*\), only txt"),
     ]:
-        with pytest.raises(decode.BadSample, match=rf"^a\.tar:7: {message}"):
+        with pytest.raises(BadSample, match=rf"^a\.tar:7: {message}"):
             decode.image(raw(**files), 4)
 
 
 def test_a_thin_strip_stays_small_and_a_bomb_is_refused(monkeypatch):
     assert decode.image(raw(png=png(np.zeros((1, 60_000, 3), np.uint8))), 2).shape == (3, 2, 2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(decode.BadSample, match="decompression bomb"):
+    with pytest.raises(BadSample, match="decompression bomb"):
         decode.image(raw(png=png(np.zeros((20, 20, 3), np.uint8))), 20)
 
 

@@ -17,8 +17,10 @@ from PIL import Image
 
 import hostile
 from distill.data import bad, decode, folder, named
+from distill.data.bad import BadSample
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.lines import Lines
+from distill.data.raw import caption, image_size
 from distill.data.shards import Shards, index_tar
 from distill.evaluation.features import open_rgb
 from distill.storage import formats, headers
@@ -212,14 +214,16 @@ def test_a_header_is_believed_before_anything_is_decoded(tmp_path):
 import sys
 from pathlib import Path
 from distill.data import decode
+from distill.data.bad import BadSample
+from distill.data.raw import image_size
 from distill.evaluation.features import open_rgb
 limit()
 for path in Path(sys.argv[1]).iterdir():
     sample = {path.suffix[1:]: path.read_bytes(), '__key__': '7', '__url__': 'a.tar'}
-    for read in (decode.image_size, lambda sample: decode.image(sample, 64)):
+    for read in (image_size, lambda sample: decode.image(sample, 64)):
         try:
             print(path.suffix, read(sample))
-        except decode.BadSample as error:
+        except BadSample as error:
             print(error)
     try:
         open_rgb(path)
@@ -320,8 +324,8 @@ def test_a_large_jpeg_is_decoded_smaller_and_a_progressive_one_is_bad():
     x = decode.image(raw(plain.getvalue(), "jpg"), 64)
     small = decode.image(raw(_jpeg(grey.resize((4500, 4500))), "jpg"), 64)
     assert (x - small).abs().max() < 0.02
-    assert decode.image_size(raw(plain.getvalue(), "jpg")) == (9000, 9000)
-    with pytest.raises(decode.BadSample, match="it has 9000 x 9000 pixels"):
+    assert image_size(raw(plain.getvalue(), "jpg")) == (9000, 9000)
+    with pytest.raises(BadSample, match="it has 9000 x 9000 pixels"):
         decode.image(raw(progressive.getvalue(), "jpg"), 64)
 
 
@@ -374,14 +378,16 @@ import struct
 import sys
 from pathlib import Path
 from distill.data import decode
+from distill.data.bad import BadSample
+from distill.data.raw import image_size
 decode.formats.readable_formats()
 limit()
 for path in sorted(Path(sys.argv[1]).glob('*.png')):
     sample = {'png': path.read_bytes(), '__key__': path.stem, '__url__': 'x'}
-    for read in (decode.image_size, lambda sample: tuple(decode.image(sample, 64).shape)):
+    for read in (image_size, lambda sample: tuple(decode.image(sample, 64).shape)):
         try:
             print('read', read(sample))
-        except decode.BadSample as error:
+        except BadSample as error:
             print('bad', error)
 """
     said = hostile.small(script, tmp_path, mib=200)
@@ -413,8 +419,8 @@ def test_a_picture_to_begin_from_or_to_judge_has_the_same_bound(tmp_path):
 def test_what_is_no_picture_is_a_bad_sample(data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for read in (decode.image_size, lambda sample: decode.image(sample, 64)):
-            with pytest.raises(decode.BadSample, match=r"^a\.tar:7: its \.png does not decode"):
+        for read in (image_size, lambda sample: decode.image(sample, 64)):
+            with pytest.raises(BadSample, match=r"^a\.tar:7: its \.png does not decode"):
                 read(raw(data))
 
 
@@ -473,8 +479,8 @@ def test_the_bounds_count_the_whole_sample(tmp_path, monkeypatch):
     ],
 )
 def test_captions_of_hostile_json_are_bad(data, reason):
-    with pytest.raises(decode.BadSample, match=rf"^a\.tar:7: its \.json {reason}"):
-        decode.caption({"json": data, "__key__": "7", "__url__": "a.tar"})
+    with pytest.raises(BadSample, match=rf"^a\.tar:7: its \.json {reason}"):
+        caption({"json": data, "__key__": "7", "__url__": "a.tar"})
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from distill.data import decode
+from distill.data.bad import BadSample
 from distill.data.datasets import ImageShards, LatentShards
 from distill.data.named import expand
+from distill.data.raw import caption, image_size
 from distill.data.shards import Shards, check_pictures
 from distill.data.source import Source
 from distill.data.write import write_latents
@@ -88,8 +90,8 @@ def test_metadata_csv_and_the_key_of_the_caption(tmp_path):
         "its .json has no text under 'caption' or 'text', only file_name, prompt, n: see"
         " data.caption_key"
     )
-    with pytest.raises(decode.BadSample, match=reason):
-        decode.caption(data.shards.read(0))
+    with pytest.raises(BadSample, match=reason):
+        caption(data.shards.read(0))
 
 
 def test_each_record_is_a_sample_and_lost_ones_are_counted(tmp_path, caplog):
@@ -269,8 +271,8 @@ def test_shards_without_captions(tmp_path, caplog):
 
 def test_an_empty_caption_in_json_is_an_empty_caption(tmp_path):
     raw = {"__key__": "0", "__url__": "a"}
-    assert decode.caption(raw | {"json": b'{"caption": ""}'}) == ""
-    assert decode.caption(raw | {"json": b'{"caption": "", "text": "t"}'}) == "t"
+    assert caption(raw | {"json": b'{"caption": ""}'}) == ""
+    assert caption(raw | {"json": b'{"caption": "", "text": "t"}'}) == "t"
 
 
 @pytest.mark.parametrize(
@@ -289,10 +291,10 @@ def test_an_empty_caption_in_json_is_an_empty_caption(tmp_path):
 def test_null_is_an_empty_caption(record, key, said):
     raw = {"__key__": "0", "__url__": "a", "json": record}
     if said is None:
-        with pytest.raises(decode.BadSample, match="has no text under"):
-            decode.caption(raw, key)
+        with pytest.raises(BadSample, match="has no text under"):
+            caption(raw, key)
     else:
-        assert decode.caption(raw, key) == said
+        assert caption(raw, key) == said
 
 
 def test_pictures_of_null_captions_are_good_where_empty_ones_may_be(tmp_path, command):
@@ -323,8 +325,8 @@ def test_a_picture_without_bytes_is_said_by_its_name(tmp_path, command):
 def test_utf_16_is_no_caption(tmp_path):
     raw = {"__key__": "0", "__url__": "a"}
     for text in ("a dog".encode("utf-16"), "a dog".encode("utf-16-le")):
-        with pytest.raises(decode.BadSample, match=r"its \.txt is not UTF-8"):
-            decode.caption(raw | {"txt": text})
+        with pytest.raises(BadSample, match=r"its \.txt is not UTF-8"):
+            caption(raw | {"txt": text})
 
 
 def test_pretraining_needs_captions_only_where_it_reads_them(tmp_path):
@@ -395,13 +397,13 @@ def test_pictures_that_are_not_read_are_counted_and_named(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match=r"but 2 \.heic.*pip install pillow-heif"):
         check_pictures(path)
     raw = {"__key__": "0", "__url__": "a", "heic": b"x"}
-    with pytest.raises(decode.BadSample, match=r"only heic; `pip install pillow-heif`"):
+    with pytest.raises(BadSample, match=r"only heic; `pip install pillow-heif`"):
         decode.image(raw, 8)
 
 
 def test_eps_is_never_opened(tmp_path):
     raw = {"__key__": "0", "__url__": "a", "png": picture("EPS")}
-    with pytest.raises(decode.BadSample, match="does not decode"):
+    with pytest.raises(BadSample, match="does not decode"):
         decode.image(raw, 8)
 
 
@@ -410,7 +412,7 @@ def test_what_has_no_white_is_refused():
     deep = Image.fromarray(np.full((4, 4), 2**30, np.int32))
     for image, why in ((floats, "its pixels are floats"), (deep, "more than 16 bits")):
         image.save(file := io.BytesIO(), "TIFF")
-        with pytest.raises(decode.BadSample, match=why):
+        with pytest.raises(BadSample, match=why):
             decode.image({"__key__": "0", "__url__": "a", "tif": file.getvalue()}, 4)
     grey = Image.fromarray(np.full((4, 4), 32768, np.uint16))
     grey.save(file := io.BytesIO(), "TIFF")
@@ -431,7 +433,7 @@ def test_the_size_of_a_turned_picture_is_that_of_its_pixels(kind):
         "__url__": "a",
         {"JPEG": "jpg"}.get(kind, kind.lower()): file.getvalue(),
     }
-    assert decode.image_size(raw) == (30, 50)
+    assert image_size(raw) == (30, 50)
     assert decode.image(raw, 30, 50).shape == (3, 50, 30)
 
 
@@ -582,7 +584,7 @@ def test_dots_in_keys_are_said(tmp_path, caplog):
     path = put_tar(tmp_path / "y.tar", sample("b") | dotted)
     data = ImageShards(path, size=8, max_bad_share=1.0)
     assert "pictures as a.v1.png are not read (2); a key ends at the first dot" in caplog.text
-    with pytest.raises(decode.BadSample, match="a key ends at the first dot of a file's name"):
+    with pytest.raises(BadSample, match="a key ends at the first dot of a file's name"):
         decode.image(data.shards.read(1), 8)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill.core.limits import check_samples
-from distill.data import decode
-from distill.data.bad import none_usable, reasons_of
+from distill.data import decode, raw
+from distill.data.bad import BadSample, none_usable, reasons_of
 from distill.data.buckets import Size, nearest
 from distill.data.cache import USUAL_GB, Cache
 from distill.data.first import MAX_IN_A_ROW, check_seeded, stride
@@ -82,7 +82,7 @@ class Samples(Dataset, ABC):
 
     def caption(self, sample: dict) -> str:
         """The caption of a raw sample; raises BadSample."""
-        return decode.caption(sample, self.caption_key)
+        return raw.caption(sample, self.caption_key)
 
     @abstractmethod
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
@@ -90,14 +90,14 @@ class Samples(Dataset, ABC):
 
     def size_of(self, sample: dict) -> Size:
         """Width and height of a raw sample from its first bytes; raises BadSample."""
-        raise decode.BadSample(sample, "it has no size")
+        raise BadSample(sample, "it has no size")
 
     def measure(self, i: int) -> Size | None:
         """Width and height of sample i, from its first bytes if these suffice; None if it
         is bad.
         """
-        for at_most in (decode.HEAD, -1):
-            with suppress(decode.BadSample):
+        for at_most in (raw.HEAD, -1):
+            with suppress(BadSample):
                 return self.size_of(self.shards.read(i, at_most))
         return None
 
@@ -141,7 +141,7 @@ class Samples(Dataset, ABC):
                 found = self.tensors(sample, bucket)
                 item = {**found, "caption": self.caption(sample), "key": sample["__key__"]}
                 return item, skipped
-            except decode.BadSample as error:
+            except BadSample as error:
                 skipped.append((error.name, error.reason))
         return None, skipped
 
@@ -258,7 +258,7 @@ class LatentShards(Samples):
         self.shape = tuple(first["x0"].shape)
 
     def size_of(self, sample: dict) -> Size:
-        return decode.latent_size(sample)
+        return raw.latent_size(sample)
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         x0 = decode.latent(sample)
@@ -269,7 +269,7 @@ class LatentShards(Samples):
             wanted = (
                 f"its bucket's {list(shape)}" if bucket else f"the first sample's {list(shape)}"
             )
-            raise decode.BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
+            raise BadSample(sample, f"its latents are {list(x0.shape)}, {wanted}")
         found = {"x0": x0, **decode.embedding(sample, self.null)}
         if self.made.get("what") == EDIT_PAIRS:
             found["image"] = decode.beside(sample, x0.shape[-2:])
@@ -281,9 +281,7 @@ class LatentShards(Samples):
         try:
             seed = int(sample["__key__"].rpartition("/")[2])
         except ValueError:
-            raise decode.BadSample(
-                sample, "its key is no seed, as data.seeded=true has it"
-            ) from None
+            raise BadSample(sample, "its key is no seed, as data.seeded=true has it") from None
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
         return {**found, "noise": noise}
 
@@ -305,7 +303,7 @@ class LatentShards(Samples):
         """The different captions of all samples, in the order of the shards."""
         found: dict[str, None] = {}
         for i in range(self.length):
-            with suppress(decode.BadSample):
+            with suppress(BadSample):
                 found[self.caption(self.shards.read(i, only=CAPTIONS))] = None
         return list(found)
 
@@ -369,7 +367,7 @@ class ImageShards(Samples):
         return super().caption(sample)
 
     def size_of(self, sample: dict) -> Size:
-        return decode.image_size(sample)
+        return raw.image_size(sample)
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         return {"pixels": decode.image(sample, *(bucket or (self.size,)))}

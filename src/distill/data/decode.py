@@ -14,13 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.types import EMBEDDED
-from distill.data.bad import BadSample as BadSample
-from distill.data.raw import HEAD as HEAD
-from distill.data.raw import LATENTS as LATENTS
-from distill.data.raw import array_of, bytes_of, check_large, pick, suffix_of_image, undecodable
-from distill.data.raw import caption as caption
-from distill.data.raw import image_size as image_size
-from distill.data.raw import latent_size as latent_size
+from distill.data.bad import BadSample
+from distill.data.raw import (
+    LATENTS,
+    array_of,
+    bytes_of,
+    check_large,
+    pick,
+    suffix_of_image,
+    undecodable,
+)
 from distill.storage import formats
 from distill.storage.pictures import to_rgb
 

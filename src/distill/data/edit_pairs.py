@@ -23,10 +23,10 @@ class EditPairs(ImageShards):
         check_pairs(path, self.shards.index)
 
     def size_of(self, sample: dict) -> Size:
-        return decode.image_size(sample, "target")
+        return raw.image_size(sample, "target")
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
-        source, target = (decode.image_size(sample, part) for part in PARTS)
+        source, target = (raw.image_size(sample, part) for part in PARTS)
         raw.check_same_size(sample, source, target)
         sides = bucket or (self.size,)
         pictures = (decode.image(sample, *sides, part=part) for part in PARTS)

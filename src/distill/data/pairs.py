@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from distill.core.limits import check_samples
-from distill.data import decode
-from distill.data.bad import none_usable
+from distill.data import decode, raw
+from distill.data.bad import BadSample, none_usable
 from distill.data.datasets import Samples, Size
 from distill.data.kinds import SIDES, is_latents, refuse_folder, side_of, without_side
 from distill.data.shards import Shards
@@ -51,19 +51,17 @@ class Pairs(Samples):
 
     def size_of(self, sample: dict) -> Size:
         winner = side_of(sample, SIDES[0])
-        return decode.latent_size(winner) if is_latents(winner) else decode.image_size(winner)
+        return raw.latent_size(winner) if is_latents(winner) else raw.image_size(winner)
 
     def tensors(self, sample: dict, bucket: Size | None) -> dict[str, Tensor]:
         winner, loser = (side_of(sample, name) for name in SIDES)
         latents = is_latents(winner)
         if latents != is_latents(loser):
-            raise decode.BadSample(sample, "one of its pair is latents and the other a picture")
+            raise BadSample(sample, "one of its pair is latents and the other a picture")
         key = "x0" if latents else "pixels"
         if self.key not in (None, key):
             kinds = ("latents", "pictures") if latents else ("pictures", "latents")
-            raise decode.BadSample(
-                sample, f"it is a pair of {kinds[0]}, and the first of {kinds[1]}"
-            )
+            raise BadSample(sample, f"it is a pair of {kinds[0]}, and the first of {kinds[1]}")
         found = {
             f"{prefix}{key}": self._decoded(part, name, bucket)
             for prefix, part, name in (("", winner, SIDES[0]), ("loser_", loser, SIDES[1]))
@@ -72,9 +70,9 @@ class Pairs(Samples):
         if x.shape != other.shape or (latents and self.shape not in (None, tuple(x.shape))):
             what = f"its winner's latents are {list(x.shape)} and its loser's {list(other.shape)}"
             wanted = "" if x.shape != other.shape else f", and the first pair's {list(self.shape)}"
-            raise decode.BadSample(sample, what + wanted)
+            raise BadSample(sample, what + wanted)
         if x.equal(other):
-            raise decode.BadSample(sample, "its winner and its loser are the same")
+            raise BadSample(sample, "its winner and its loser are the same")
         return found
 
     def _decoded(self, part: dict, name: str, bucket: Size | None) -> Tensor:
@@ -82,6 +80,6 @@ class Pairs(Samples):
         try:
             if is_latents(part):
                 return decode.latent(part)
-            return decode.image(part, *(bucket or (self.size or decode.image_size(part)[0],)))
-        except decode.BadSample as error:
-            raise decode.BadSample(part, f"of its {name}: {error.reason}") from None
+            return decode.image(part, *(bucket or (self.size or raw.image_size(part)[0],)))
+        except BadSample as error:
+            raise BadSample(part, f"of its {name}: {error.reason}") from None
