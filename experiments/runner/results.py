@@ -11,7 +11,7 @@ recorded before there were outcomes of single prompts, they are computed over se
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,11 @@ def _from_runs(study: Study, table: TableOf, groups: Mapping[str, list[Run]]) ->
     """Write the files of a table. What is recorded of jobs without runs stays, and so do the
     pictures then, which are made of runs.
     """
-    lines, file = lines_of(groups), study.folder / f"{table.name}.csv"
-    new = {line.group for line in lines}
-    known = {*table.jobs, TEACHER}
-    stays = [row for row in _recorded(file) if row["group"] in known - new]
-    _write_rows(file, csv.DictReader(io.StringIO(as_csv(groups))), stays, list(table.jobs))
-    file = study.folder / f"{table.name}_intervals.csv"
+    lines, order = lines_of(groups), [TEACHER, *table.jobs]
+    scores = csv.DictReader(io.StringIO(as_csv(groups)))
+    stays = _write_beside(study.folder / f"{table.name}.csv", list(scores), order)
     rows = [dict(zip(INTERVALS, row, strict=True)) for row in intervals(lines)]
-    interval_stays = [row for row in _recorded(file) if row["group"] in known - new]
-    _write_rows(file, rows, interval_stays, [TEACHER, *table.jobs])
+    _write_beside(study.folder / f"{table.name}_intervals.csv", rows, order)
     grid, curves = study.folder / f"{table.name}.png", study.folder / f"{table.name}_curves.svg"
     if not (stays and grid.is_file()):
         write_grid(grid, groups)
@@ -121,13 +117,16 @@ def _recorded(file: Path) -> list[dict[str, str]]:
     return read_rows(file) if file.is_file() else []
 
 
-def _write_rows(
-    file: Path, new: Iterable[Mapping[str, Any]], stays: Sequence[Any], order: Sequence[str]
-) -> None:
-    """Write new rows with those that stay, by their groups in this order."""
+def _write_beside(file: Path, new: Sequence[Mapping[str, Any]], order: Sequence[str]) -> bool:
+    """Write new rows beside the recorded ones of other groups, by their groups in this order, which
+    has all; whether some of others stay.
+    """
+    others = {*order} - {row["group"] for row in new}
+    stays = [row for row in _recorded(file) if row["group"] in others]
     rows = sorted([*new, *stays], key=lambda row: order.index(row["group"]))
     heads = list(dict.fromkeys(key for row in rows for key in row))
     _write(file, heads, ([row.get(key, "") for key in heads] for row in rows))
+    return bool(stays)
 
 
 def _complete(study: Study, table: TableOf) -> None:

@@ -20,7 +20,7 @@ from distill.config import picture_keys, validate
 from distill.config.compose import check_counts, config_of
 from distill.config.errors import command
 from distill.config.videos import refuse_videos
-from distill.core.limits import check_guidance
+from distill.core.limits import check_guidance_scale
 from distill.machine import signals
 
 HOST = "127.0.0.1"  # not the network: every visitor of the page uses this machine's models
@@ -83,7 +83,7 @@ def _check(cfg: DictConfig) -> None:
         raise ValueError(f"steps={cfg.steps}: must be numbers of steps, [1,2,4] or the like")
     if not isinstance(cfg.strength, (int, float)) or not 0 < cfg.strength <= 1:
         raise ValueError(f"strength={cfg.strength}: must be above 0 and at most 1")
-    check_guidance(cfg.guidance, "guidance", least=1)
+    check_guidance_scale(cfg.guidance, "guidance", least=1)
     if not isinstance(cfg.open, bool):
         raise ValueError(f"open={cfg.open}: must be true or false")
 

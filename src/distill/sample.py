@@ -33,7 +33,7 @@ from distill.config.compose import check_counts, file_name
 from distill.config.errors import command
 from distill.config.preference import check_lora
 from distill.config.videos import check_text_alone
-from distill.core.limits import check_dtype, check_guidance, drawn_at_once
+from distill.core.limits import check_dtype, check_guidance_scale, drawn_at_once
 from distill.data.lines import Lines
 from distill.machine.hardware import check_precision
 from distill.storage.atomic import write_atomic
@@ -119,7 +119,7 @@ def check(cfg: DictConfig) -> list[str]:
     check_counts(cfg, {"steps": 1, "count": 1, "seed": 0, "batch_size": 1})
     for key in ("guidance", "image_guidance"):
         if cfg[key] is not None:
-            check_guidance(cfg[key], key)
+            check_guidance_scale(cfg[key], key)
     validate.check_number(cfg, "strength")
     validate.check_size(cfg.size)
     check_dtype(cfg.dtype, "dtype", "auto")

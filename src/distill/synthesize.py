@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distill.config import picture_units, validate
 from distill.config.errors import command
-from distill.core.limits import check_buckets, check_guidance
+from distill.core.limits import check_buckets, check_guidance_scale
 from distill.data import begun_job
 from distill.data.by_share import batches_of, size_of
 from distill.data.lines import Lines
@@ -89,7 +89,7 @@ def _buckets(cfg: DictConfig) -> tuple[list[tuple[int, int]], Sequence[float] | 
 
 def check(cfg: DictConfig) -> None:
     """Raise ValueError or OSError for wrong settings, before anything slow is imported."""
-    check_guidance(cfg.guidance, "guidance")
+    check_guidance_scale(cfg.guidance, "guidance")
     validate.check_size(cfg.size)
     buckets, shares = (OmegaConf.to_object(cfg)[key] for key in ("buckets", "shares"))
     check_buckets(buckets, shares)

@@ -106,7 +106,7 @@ def _generator(settings: DictConfig, model: Any, guidance: float | None) -> Iter
     """Within: how this model generates. The student of a method has its averaged weights."""
     from functools import partial
 
-    from distill.core.limits import check_guidance
+    from distill.core.limits import check_guidance_scale
     from distill.methods.base import Distillation
     from distill.sampling import distilled, sampler_of
     from distill.sampling.guided import guided
@@ -125,7 +125,7 @@ def _generator(settings: DictConfig, model: Any, guidance: float | None) -> Iter
         if guidance is None:
             what = "a teacher was not distilled to few steps"
             raise ValueError(f"guidance=None: {what}; give guidance=5, steps=28 or the like")
-        check_guidance(guidance, "guidance")
+        check_guidance_scale(guidance, "guidance")
         yield _Generator(model, partial(guided, model, guidance=guidance))
 
 

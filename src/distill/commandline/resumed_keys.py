@@ -1,7 +1,7 @@
 """Keys of the command line for the run that it resumes.
 
 Hydra composes the default groups, and refuses keys that these lack. The groups of the run may have
-them: `resume=<run of method=dmd2> method.fake_score_updates=5`.
+them: `resume=<run with data=images> data.max_bad_share=0.2`.
 """
 
 from contextlib import suppress

@@ -120,7 +120,7 @@ def check_frames(frames: int, key: str = "teacher.frames") -> None:
     raise ValueError(f"{key}={frames}: {what}; use {near} or {near + FRAMES}")
 
 
-def check_guidance(value: Any, key: str, least: int = 0) -> None:
+def check_guidance_scale(value: Any, key: str, least: int = 0) -> None:
     """Raise ValueError, naming `key`, for a guidance that is no number from `least` to
     LARGEST_SCALE.
     """
