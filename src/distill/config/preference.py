@@ -118,5 +118,5 @@ def _check_is_lora(given: str, file: Path) -> None:
         said = first_line(error, 120).removeprefix(f"{file}: ").removesuffix("; fetch it anew")
         what = f"cannot be read as weights ({said}); fetch it anew, as .safetensors"
         raise ValueError(f"lora={given}: {what}") from None
-    if not any("lora" in name for name in names):
+    if not locate.is_lora(names):
         raise ValueError(f"lora={given}: holds no LoRA, only {shown(names, 60)}; give a LoRA")

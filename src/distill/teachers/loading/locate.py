@@ -6,7 +6,7 @@ Nothing here imports torch or contacts the hub.
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ def lora_in(path: str) -> str:
         what = f"holds no {', '.join(LORAS)}"
         raise FileNotFoundError(f"lora={path}: {what}; give the file of a LoRA")
     return str(Path(path) / found)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether a file with tensors of these names is a LoRA."""
+    return any("lora" in name for name in names)
 
 
 def no_folder(path: str, key: str) -> FileNotFoundError:

@@ -18,7 +18,7 @@ from distill.machine.faults import first_line
 from distill.storage.atomic import atomic_file
 from distill.storage.bounded import check_header, parse_json_object
 from distill.storage.loaded_weights import check_finite, tensors_of
-from distill.teachers.loading.locate import in_repository, lora_in, no_file
+from distill.teachers.loading.locate import in_repository, is_lora, lora_in, no_file
 from distill.teachers.loading.lora_files import add_lora
 from distill.teachers.loading.reading import not_fetched
 
@@ -46,7 +46,7 @@ def put_on(pipeline: Any, path: str, key: str = "teacher.weights") -> None:
     with readable(where):
         state, about = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
-    if any("lora" in name for name in state):
+    if is_lora(state):
         add_lora(pipeline, model, state, where, file)
     else:
         _check_shapes(model, state, key, where)
@@ -65,7 +65,7 @@ def put_lora(pipeline: Any, path: str, scale: float = 1.0) -> None:
     with readable(f"lora={path}"):
         state, _ = read_weights(file)
     model = getattr(pipeline, "transformer", None) or pipeline.unet
-    if not any("lora" in name for name in state):
+    if not is_lora(state):
         what = "holds no LoRA; give the file of one"
         raise ValueError(f"lora={path}: {what}")
     add_lora(pipeline, model, state, f"lora={path}", file, scale)
