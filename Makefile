@@ -12,6 +12,9 @@ DOCS := $(VENV)/.setup-docs
 PARALLEL := -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
+# Images of containers set it, and every command would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test test-slow check format docs
 
