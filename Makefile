@@ -16,7 +16,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-slow check format docs
+.PHONY: help setup run demo test test-slow test-nightly check format docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,7 +33,10 @@ test: $(DEV) ## the fast tests
 	$(PY) -m pytest $(PARALLEL) --timeout 300 --durations 15 $(ARGS)
 
 test-slow: $(DEV) ## the slow tests
-	$(PY) -m pytest $(PARALLEL) --timeout 3600 --durations 40 -m "slow and not gpu" $(ARGS)
+	$(PY) -m pytest $(PARALLEL) --timeout 3600 --durations 40 -m "slow and not nightly and not gpu" $(ARGS)
+
+test-nightly: $(DEV) ## what takes too long for each change: every family by every option
+	$(PY) -m pytest $(PARALLEL) --timeout 3600 --durations 40 -m "nightly and not gpu" $(ARGS)
 
 check: $(DEV) ## format, lint and types; how the code reads, in numbers
 	$(PY) -m ruff format --check .

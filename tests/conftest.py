@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Images of containers set it. Each of the tests' processes would compile all that it imports: 8 of 17 s.
+# Images of containers set it, and every process would compile all that it imports: 8 of 17 s.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 if (

@@ -184,6 +184,7 @@ def test_a_command_refuses_before_weights_are_read(command, tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+@pytest.mark.slow
 def test_the_doctor_counts_both_teachers(command):
     words = ["method=add", "method.distill_space=pixels", "score_teacher=shapes_unet"]
     _, out, _ = command("doctor", *words)

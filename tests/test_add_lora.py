@@ -114,6 +114,7 @@ def test_kohyas_names_and_peft_s_folder_are_read_too(student, low, tmp_path):
         assert all(torch.allclose(found[k], v, atol=1e-5) for k, v in expected.items())
 
 
+@pytest.mark.slow
 def test_sample_and_export_use_it(student, low, command, tmp_path):
     folder, lora = student("unet"), low("unet")
     words = [f"run={folder}", "prompt=a red square", "steps=2"]

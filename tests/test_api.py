@@ -41,7 +41,6 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "LADD pixart": ("pixart", ["method=ladd", "data=renders", "data.limit=8"]),
     "ConsistencyDistillation": ("unet", ["method=consistency", "loop.head_start=0"]),
 }
-EACH_TIME = ("LADD", "ADD", "NitroFusion")  # the papers of this repository; the others are slow
 
 
 # -- the names -------------------------------------------------------------------------------------
@@ -129,7 +128,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+    [name if name == "LADD" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
 )
 def test_training_in_python_equals_the_command(name, command, pipelines, shards, tmp_path, capsys):
     family, words = RUNS[name]
@@ -161,6 +160,7 @@ def test_training_in_python_equals_the_command(name, command, pipelines, shards,
     assert all(np.array_equal(a, b) for a, b in zip(expected_images, images, strict=True))
 
 
+@pytest.mark.slow
 def test_make_trainer_writes_the_files_of_the_command(command, pipelines, shards, tmp_path):
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]
     code, _, err = command("run", *words, "run_dir=run")
@@ -175,6 +175,7 @@ def test_make_trainer_writes_the_files_of_the_command(command, pipelines, shards
         distill.make_trainer(settings)
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_resumes_from_a_checkpoint(pipelines, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"teacher.path={pipelines('mmdit')}", f"data.path={shards}", *FEW]

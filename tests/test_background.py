@@ -161,6 +161,7 @@ def test_after_a_failed_write_nothing_is_removed_and_the_run_ends(tmp_path):
     assert not [t for t in threading.enumerate() if t.name.startswith("distill-writer")]
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_same_files_beside_training(command, pipelines, shards, tmp_path):
     """Checkpoints, the best of them, rows and pictures; the thread has ended with training."""
     words = [
@@ -190,6 +191,7 @@ def test_pictures_are_those_of_torchvision(tmp_path):
     assert (tmp_path / "ours.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_pictures_on_the_way_wait_for_the_thread(command, pipelines, shards, tmp_path):
     """The thread of the checkpoints writes them, so that a step's pictures come before its
     checkpoint.

@@ -651,7 +651,8 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path, caplog):
     )  # half is enough
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_bad_samples_stop_the_run_and_checkpoints_stay(workers, refused, tmp_path):
     path = put_images(tmp_path / "x.tar", 12, *BAD)
     run = [
@@ -829,6 +830,7 @@ def test_a_run_folder_that_cannot_be_made(refused, tmp_path):
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on(
     refused, command, pipelines, monkeypatch, tmp_path
 ):
@@ -908,6 +910,7 @@ def test_a_bug_keeps_its_traceback(command, monkeypatch, pipelines):
 # -- parts and names that only a run knows ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_name_that_was_never_logged_is_said_at_the_first_checkpoint(
     command, pipelines, shards, tmp_path
 ):

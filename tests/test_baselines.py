@@ -107,11 +107,12 @@ def test_the_exact_solution_of_the_path_is_consistent():
         assert loss(solved) < 0.2 * loss(toy.x0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
         ["method=consistency"],
-        pytest.param(["method=consistency", "teacher=shapes_unet"], marks=pytest.mark.slow),
+        ["method=consistency", "teacher=shapes_unet"],
         ["method=regression", "data.seeded=true"],
     ],
     ids=["consistency", "unet", "regression"],

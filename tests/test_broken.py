@@ -98,6 +98,7 @@ def test_masks_and_networks_without_values_are_no_fault():
         check_finite(network, "it")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_what_to_do_about_a_diverged_run_can_be_done(
     precision, pipelines, shards, command, tmp_path

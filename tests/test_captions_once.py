@@ -154,6 +154,7 @@ def test_trainings_in_python_embed_once(max_steps, pipelines, shards, tmp_path, 
         assert [getattr(teacher.pipeline, name) for name in parts] == [None] * len(parts)
 
 
+@pytest.mark.slow
 def test_embedded_captions_leave_a_run_as_it_is(command, pipelines, shards, tmp_path, monkeypatch):
     """A run that reads its captions twice embeds them before its first step."""
     from distill.teachers.sd3 import SD3
@@ -218,6 +219,7 @@ def test_of_several_captions_the_first_that_is_too_long_is_named(teacher):
     assert teacher.unread(["a" * 3, ""]) is None
 
 
+@pytest.mark.slow
 def test_nothing_holds_text_encoders_whose_captions_are_embedded(
     command, pipelines, shards, tmp_path, monkeypatch
 ):

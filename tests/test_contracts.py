@@ -42,7 +42,6 @@ MEMORY = {
     "muon_on_the_cpu": ["optimizer=muon", "loop.optimizer_device=cpu"],
 }
 NEEDS = {"adamw8bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
-QUICK = ("zimage", "flux2_klein")  # each takes half a second a run; a UNet takes a second
 slow = pytest.mark.slow
 
 
@@ -51,13 +50,12 @@ def table():
     others = [name for name in MEMORY if name != ADAPTERS]
     for i, family in enumerate(TRAINED):
         for options in (ADAPTERS, others[i % len(others)]):
-            marks = () if family in QUICK and options == ADAPTERS else slow
+            marks = () if (family, options) == ("zimage", ADAPTERS) else slow
             yield pytest.param(family, options, marks=marks)
 
 
-def each(quick=()):
-    marked = (pytest.param(f, marks=() if f in quick else slow) for f in TRAINED)
-    return pytest.mark.parametrize("family", list(marked))
+def each():
+    return pytest.mark.parametrize("family", [pytest.param(f, marks=slow) for f in TRAINED])
 
 
 @pytest.mark.parametrize(("family", "options"), table())

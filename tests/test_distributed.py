@@ -269,9 +269,8 @@ def ends(tmp_path_factory, launch, parts):
     return of
 
 
-@pytest.mark.parametrize(
-    "how", ["fsdp2", *(pytest.param(how, marks=pytest.mark.slow) for how in ("one_fsdp2", "ddp"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "one_fsdp2", "ddp"])
 @pytest.mark.parametrize("job", FEW)
 def test_processes_agree_where_a_run_had_failed(job, how, ends):
     """LADD's distillation reads the whole teacher after a pass that stopped within it;
@@ -394,6 +393,7 @@ def test_four_processes_in_two_replicas_give_what_one_gives(
     assert_same_end(run(tmp_path / "one", **one, **parts)[0], four_alone)
 
 
+@pytest.mark.slow
 @each_method
 def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, run, parts, tmp_path):
     ends = run(tmp_path, processes=2, strategy="ddp", poison=[1, 1], method=method, **parts)
@@ -403,7 +403,7 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, run, parts, t
     assert ends[0]["counts"]["step"] == 4
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, run, parts, tmp_path):
     """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is
     what it was.

@@ -267,6 +267,7 @@ def test_latents_in_a_store_are_counted_as_those_of_a_folder(
     fs.rm("/doctor", recursive=True)
 
 
+@pytest.mark.slow
 def test_a_folder_of_pictures_and_micro_batches_are_counted(command, pipelines, tmp_path):
     """Only the last micro-batch of an iteration trains; the gradient is within the step."""
     data = tiny.write_pictures(tmp_path / "pictures", 4)

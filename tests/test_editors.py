@@ -207,6 +207,7 @@ def test_guidance_by_the_source_may_be_zero(command, folders, tmp_path):
     assert (made[0] != made[1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "words"),
     [
@@ -225,6 +226,7 @@ def test_an_experiment_of_renders_takes_data_of_files(experiment, words, command
     assert data.size == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "count", "sides"),
     [
@@ -263,6 +265,7 @@ def test_sample_pictures_have_the_size_of_the_data(words, count, sides, command,
         assert drawn.size == (wide * (sides[0] + 2) + 2, high * (sides[1] + 2) + 2)
 
 
+@pytest.mark.slow
 def test_preferences_beside_an_experiment_may_be_renders(command, tmp_path):
     """Its own data have a path that must be given, and renders have none."""
     words = ["experiment=dpo_lora_shapes", "data=renders", "data.pairs=true", "debug=smoke"]

@@ -194,6 +194,7 @@ def test_scores_are_those_of_their_definition(judged, student, places, tmp_path)
     assert found["fid"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkeypatch, tmp_path):
     whole = judged(student, "steps=[1,2]", out="whole")
     write, left = prompted.write_atomic, [7]
@@ -226,6 +227,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same(judged, student, monkey
     )
 
 
+@pytest.mark.slow
 def test_pictures_of_other_settings_are_not_taken_for_these(judged, student, tmp_path):
     def folders():
         return {path.name for path in (tmp_path / "out" / "evaluation").iterdir() if path.is_dir()}
@@ -327,6 +329,7 @@ def test_what_the_reader_of_shapes_cannot_read_is_refused_before_it_is_drawn(
     Shapes().fits(SD(str(pipelines("unet"))))
 
 
+@pytest.mark.slow
 def test_shapes_are_evaluated_at_other_sizes(command, pipelines, tmp_path):
     small = ["metrics.prompts=4", "steps=1", f"out={tmp_path / 'out'}"]
     asked = ["evaluate", f"run={pipelines('unet')}", *small]

@@ -132,6 +132,7 @@ def wrong(tree: dict[str, Any], seen: set[tuple[str, Any]]) -> Iterator[tuple[st
                 yield key, last, other
 
 
+@pytest.mark.slow
 def test_every_key_of_every_experiment(here):
     seen: set[tuple[str, Any]] = set()
     passed, tries = [], 0

@@ -304,7 +304,10 @@ def assert_lora_gives(file, family, base, expected, *, rtol=1e-3):
 
 @pytest.mark.parametrize(
     ("family", "naming"),
-    [("mmdit", "diffusers"), ("unet", "diffusers"), ("unet", "kohya"), ("sdxl", "kohya")],
+    [
+        *(("mmdit", "diffusers"), ("unet", "diffusers"), ("unet", "kohya")),
+        pytest.param("sdxl", "kohya", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lora_put_on_the_teacher_is_the_student(
     family, naming, run_of, pipelines, command, tmp_path
@@ -611,6 +614,7 @@ def pushed(hub, forks, tmp_path):
     return pushed
 
 
+@pytest.mark.slow
 def test_a_student_is_pushed_with_its_card(run_of, hub, pushed, tmp_path):
     code, said, err = pushed(run_of("unet", "full"), tmp_path / "out")
     assert code == 0, err

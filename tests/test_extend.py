@@ -209,6 +209,7 @@ def parts(user_module, tmp_path, pipelines):
     return [*data, *SMOKE, f"teacher.path={pipelines('mmdit')}", "run_dir=run"]
 
 
+@pytest.mark.slow
 def test_a_run_uses_all_parts_of_the_page(parts, command, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_TRUST", "myparts")
     code, _, err = command("run", *parts, *LOSS, *NORMS, *SIGNS, *DIARY)

@@ -132,6 +132,7 @@ def test_the_best_precision_is_not_slower_than_the_other():
     assert hardware.capability().startswith(("AVX", "DEFAULT", "SVE", "NO"))
 
 
+@pytest.mark.slow
 @NO_CUDA
 def test_a_run_says_and_keeps_its_precision(command, machine, tmp_path):
     """`auto` is settled once: printed, and in run.json with the CPU.

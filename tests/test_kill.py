@@ -97,7 +97,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     number, code, command, monkeypatch, pipelines, shards, finished, tmp_path
@@ -134,6 +139,7 @@ def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     assert tiny.same(end_of(tmp_path / "parts"), end_of(finished))
 
 
+@pytest.mark.slow
 def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, shards, tmp_path):
     rules = ["callbacks.checkpoint.archive=5", "callbacks.checkpoint.best=g/grad_norm"]
     assert command("run", *arguments(pipelines, shards, tmp_path / "run"), *rules)[0] == 0
@@ -154,6 +160,7 @@ def test_checkpoints_rotate_keep_an_archive_and_the_best(command, pipelines, sha
     assert not any(name.startswith("teacher") for name in best["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp_path):
     """Gone on from an earlier checkpoint and stopped early, the run goes on from its own newest
     one.
@@ -186,7 +193,10 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
     assert "resuming from step" not in out
 
 
-@pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut short", *(pytest.param(d, marks=pytest.mark.slow) for d in ("foreign", "empty"))],
+)
 def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
     damage, command, finished, tmp_path, caplog
 ):
@@ -230,6 +240,7 @@ def test_what_the_run_began_with_may_be_given_again(gone_on):
     assert set(compose.changes(before, now)) == {"resume"}
 
 
+@pytest.mark.slow
 def test_a_longer_run_with_another_rate_is_allowed(command, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "copy")
     more = [

@@ -37,13 +37,14 @@ def killed(forks):
     return killed
 
 
+@pytest.mark.slow
 def test_a_few_kills_cost_nothing(killed, tmp_path):
     results = killed(tmp_path / "kills", "trials=3", "seed=20", "commands=run,synthesize")
     assert [r["command"] for r in results] == ["run", "synthesize", "run"]
     assert sum(r["killed"] for r in results) >= 2  # a command may end before its moment comes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_many_kills_cost_nothing(killed, tmp_path):
     from kills import COMMANDS
 

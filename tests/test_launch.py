@@ -185,6 +185,7 @@ def job(command, monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_job_of_slurm_is_refused(job):
     folder = "runs/slurm_7_ladd_shapes"
     assert job() == (0, "", [(folder, None)])

@@ -118,6 +118,7 @@ def test_the_log_of_a_crash_is_ours_and_another_is_not(tmp_path):
     assert folders.foreign(tmp_path) == ["processes", "run.log"]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_one_folder(words, command, tmp_path):
     assert command("run", *words, "~metrics")[0] == 0
     code, _, err = command("run", "resume=run", "run_dir=other", "trainer.max_steps=2")

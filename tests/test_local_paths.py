@@ -117,6 +117,7 @@ def asked(hub, tmp_path):
     return ask
 
 
+@pytest.mark.slow
 def test_a_mistyped_path_is_said_and_nobody_is_asked(asked, hub):
     found = asked([words.split() for words, _, _ in MISTYPED])
     for (words, begins, nearest), text in zip(MISTYPED, found, strict=True):

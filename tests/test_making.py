@@ -144,6 +144,7 @@ def test_sigkill_at_any_moment_leaves_no_duplicate_and_no_hole(name, asked, fork
     assert content(parts) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @each_command
 def test_two_ranks_make_what_one_makes(name, command, asked, monkeypatch, tmp_path):
     assert command(name, *asked[name], "out=whole")[0] == 0
@@ -416,7 +417,7 @@ def steps(command, folder, *arguments) -> list[dict[str, float]]:
     return [row for row in rows if "g/grad_norm" in row]
 
 
-@pytest.mark.parametrize("family", ["mmdit", "unet"])
+@pytest.mark.parametrize("family", ["mmdit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(
     family, command, pipelines, read, tmp_path
 ):
@@ -440,6 +441,7 @@ def test_a_cached_run_reads_no_encoder_and_equals_the_uncached_one(
             assert b[name] == pytest.approx(a[name], rel=5e-3, abs=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "encoders"), [([], 0), (["callbacks.samples.prompts=[a red star]"], 2)]
 )
@@ -507,6 +509,7 @@ def test_pictures_are_not_taken_for_samples_with_their_noise(command, asked):
     assert said in command("run", "data=synthetic", "method=regression", *run)[2]
 
 
+@pytest.mark.slow
 def test_a_cache_is_held_against_its_teacher(command, asked, caplog, tmp_path):
     assert command("cache", *asked["cache"], "out=made")[0] == 0
     teacher, run = (

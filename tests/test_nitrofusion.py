@@ -42,11 +42,9 @@ CROSSES = {
 }
 
 
-FAST = ("nitrofusion", "ladd with the pool")
-
-
 @pytest.mark.parametrize(
-    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES]
+    "name",
+    [n if n == "nitrofusion" else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES],
 )
 def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
     folder, _ = smoke(

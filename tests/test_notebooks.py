@@ -90,7 +90,8 @@ def test_a_notebook_is_valid_and_has_no_output(file):
 @pytest.mark.parametrize(
     ("name", "figures", "runs"), [("distil_shapes", 5, 1), ("your_own_head", 2, 2)]
 )
-@pytest.mark.parametrize("steps", ["3", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["3", pytest.param("", marks=pytest.mark.nightly)])
 def test_the_cells_of_a_notebook_run(name, figures, runs, steps, run, tmp_path):
     code = cells(DOCS / "notebooks" / f"{name}.ipynb", "code")
     assert any(STEPS in cell for cell in code)
@@ -107,6 +108,7 @@ def page_code() -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_the_code_of_the_page_on_python_runs(run, tmp_path):
     first, *more = page_code()
     assert len(first.strip().splitlines()) <= 11  # ten lines, and an empty one

@@ -201,6 +201,7 @@ def sweep(pipelines, shards) -> list[str]:
     return ["-m", *words, "data.num_workers=0"]
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_end_the_sweep(command, pipelines, shards, tmp_path):
     """One with an option that does not exist, one that diverges, and one that is well."""
     words = [*sweep(pipelines, shards), "optimizer.student.lr=1e-4", "loop.stop_after_bad=1"]
@@ -215,6 +216,7 @@ def test_a_job_that_fails_does_not_end_the_sweep(command, pipelines, shards, tmp
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_job_keeps_its_traceback_and_the_others_run(
     command, pipelines, shards, monkeypatch, tmp_path
 ):
@@ -233,7 +235,10 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_the_others_run(
     assert list((tmp_path / "runs").glob("*/student"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow)],
+)
 def test_a_signal_ends_all_of_a_sweep(
     number, code, command, pipelines, shards, monkeypatch, tmp_path
 ):

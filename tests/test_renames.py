@@ -65,7 +65,8 @@ def test_every_earlier_name_is_renamed():
     assert renamed(now) == now
 
 
-@pytest.mark.parametrize("method", ["ladd", pytest.param("nitrofusion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ladd", "nitrofusion"])
 def test_a_run_with_earlier_names_resumes_with_the_same_bits(
     method, pipelines, shards, tmp_path, command
 ):

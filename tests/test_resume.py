@@ -125,6 +125,7 @@ def other(of_other_groups, command, tmp_path):
     return shutil.copytree(of_other_groups, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_keys_of_the_run_s_own_groups_can_be_given(other, command):
     """The default groups, which Hydra composes, have none of them."""
     words = ["data.max_bad_share=0.5", "optimizer.fake_score.lr=1e-6", "~data.cache_dir"]
@@ -165,6 +166,7 @@ def test_other_keys_are_refused_by_what_the_run_has(word, said, other, command):
     assert (other / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_may_be_resumed_by_common_keys(other, command, tmp_path):
     second = shutil.copytree(other, tmp_path / "second")
     code, _, err = command("run", "-m", f"resume={other},{second}", "trainer.max_steps=3")
@@ -242,6 +244,7 @@ DAMAGED = [  # where in a checkpoint, what stands there, and what is said
 ]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_in_a_sentence(run, command):
     whole = kept_of(run)
     file = run / "checkpoints" / "step_000002.ckpt"
@@ -260,6 +263,7 @@ def test_a_damaged_checkpoint_is_named_in_a_sentence(run, command):
         assert re.search(rf"{file}.*{said}", last(err)), (said, last(err))
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_refused_before_training(run, command):
     kept = kept_of(run)
     kept["state_dict"] = {name: x * float("nan") for name, x in kept["state_dict"].items()}
@@ -324,6 +328,7 @@ def shaken(model):
 # -- from anywhere ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_used_from_any_folder(run, command, monkeypatch, tmp_path):
     config = OmegaConf.load(run / "config.yaml")
     assert config.teacher.path == str(run.parents[1] / "models" / "teacher")
@@ -338,6 +343,7 @@ def test_a_run_is_used_from_any_folder(run, command, monkeypatch, tmp_path):
     assert kept_of(run, 3)["about"]["config"]["teacher"]["path"] == config.teacher.path
 
 
+@pytest.mark.slow
 def test_a_run_of_relative_paths_goes_on_from_where_it_was_begun(run, command):
     config = OmegaConf.load(run / "config.yaml")
     config.teacher.path, config.data.path = "models/teacher", "data"
@@ -451,6 +457,7 @@ def test_a_mark_tells_fine_tunes_apart_and_not_copies(pipelines, tmp_path):
 # -- time ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seconds_of_a_part_that_was_killed_count(run, command):
     facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
     assert 0 < kept_of(run)["about"]["train_seconds"] <= facts["train_seconds"]

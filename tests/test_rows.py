@@ -76,6 +76,7 @@ def scalars(folder, name="iteration"):
     return [(event.step, event.value) for event in read.Scalars(name)]
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_head_start_loses_and_doubles_no_row(words, command, at, tmp_path):
     at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     lead = ["loop.head_start=5", "callbacks.checkpoint.every=2"]
@@ -86,6 +87,7 @@ def test_a_stop_in_the_head_start_loses_and_doubles_no_row(words, command, at, t
     assert [value for _, value in scalars(tmp_path / "run")] == list(range(1, 12))
 
 
+@pytest.mark.slow
 def test_rows_after_the_checkpoint_are_done_again_once(words, command, at, tmp_path):
     at(5, kill)
     with pytest.raises(Killed):

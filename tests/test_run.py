@@ -60,7 +60,12 @@ ADD = ["method=add", "discriminator.features.size=64", "discriminator.condition.
 
 
 @pytest.mark.parametrize(
-    ("family", "sampler"), [("mmdit", "consistency"), ("unet", "ancestral"), ("sdxl", "ancestral")]
+    ("family", "sampler"),
+    [
+        ("mmdit", "consistency"),
+        pytest.param("unet", "ancestral", marks=pytest.mark.slow),
+        pytest.param("sdxl", "ancestral", marks=pytest.mark.slow),
+    ],
 )
 def test_add_runs_on_every_teacher(family, sampler, command, pipelines, shards, tmp_path):
     folder, eyes = (
@@ -219,6 +224,7 @@ def test_a_run_goes_on_where_it_stopped(family, smoke, command, pipelines, shard
     assert one["distill"]["images_seen"] == other["distill"]["images_seen"] == 16
 
 
+@pytest.mark.slow
 def test_metrics_of_a_resumed_run_hold_both_parts(command, pipelines, shards, tmp_path):
     first = smoke_arguments("unet", pipelines, shards, tmp_path / "parts")
     assert command("run", *first)[0] == 0

@@ -142,7 +142,7 @@ def test_an_error_is_said_without_them(word, command):
     assert err.startswith("distill: ")
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]])
+@pytest.mark.parametrize("sweep", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)])
 def test_what_is_typed_is_not_written_by_hydra_either(
     sweep, command, pipelines, shards, tmp_path, monkeypatch
 ):

@@ -231,7 +231,10 @@ def without_middle(folder):
     return folder
 
 
-@pytest.mark.parametrize(("family", "method"), [("unet", "ladd"), ("sdxl", "nitrofusion")])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("unet", "ladd"), pytest.param("sdxl", "nitrofusion", marks=pytest.mark.slow)],
+)
 def test_a_unet_without_a_middle_is_distilled(family, method, copied, command, shards, tmp_path):
     folder = without_middle(copied(family))
     teacher = families.teacher_at(folder)

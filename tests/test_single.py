@@ -184,6 +184,7 @@ def test_a_transformer_in_its_makers_layout_is_the_folder(family, prefix, alone)
     assert single.pipeline.name_or_path is None
 
 
+@pytest.mark.slow
 def test_the_doctor_counts_a_single_file(alone, command):
     """As the folder with the same weights: networks by teacher.config, their number by the file."""
     folder, file, config = alone("zimage")

@@ -74,14 +74,15 @@ def close(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "make", "options"),
     [
         ("mmdit", tiny.ladd, {}),
-        pytest.param("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}, marks=pytest.mark.slow),
+        ("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}),
         ("mmdit", tiny.ladd, {"lora": {"rank": 2, "checkpointing": True}}),
-        pytest.param("unet", tiny.add, {}, marks=pytest.mark.slow),
-        pytest.param("unet", tiny.dmd2, {}, marks=pytest.mark.slow),
+        ("unet", tiny.add, {}),
+        ("unet", tiny.dmd2, {}),
     ],
     ids=["full", "r1", "lora_checkpointing", "unet_add", "unet_dmd2"],
 )
@@ -101,6 +102,7 @@ def test_compiled_blocks_train_as_the_others(family, make, options, pipelines, s
     close(methods[1].heads, methods[0].heads)
 
 
+@pytest.mark.slow
 def test_graphs_do_not_grow_with_the_steps(pipelines, shards, tmp_path):
     """The hooks of the taps are new in every pass, and must not be compiled again."""
     method, log = tiny.ladd(families.teacher_at(pipelines("mmdit"))), Compiled()
@@ -108,7 +110,8 @@ def test_graphs_do_not_grow_with_the_steps(pipelines, shards, tmp_path):
     assert log.after[1] == log.after[-1]
 
 
-@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False])
 def test_runs_resume_with_and_without(first, pipelines, shards, tmp_path):
     """A checkpoint holds the same names, and the average's swap reaches compiled blocks."""
     teacher = families.teacher_at(pipelines("mmdit"))

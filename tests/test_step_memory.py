@@ -59,6 +59,7 @@ def counted(*words: str):
     return of_step(settings, "cuda")
 
 
+@pytest.mark.slow
 def test_options_that_save_memory_lower_the_count(pipelines):
     plain = counted("method=ladd")
     lora = counted("method=ladd", "student=lora", "student.checkpointing=true")
@@ -101,6 +102,7 @@ def test_losers_of_pictures_are_counted():
     assert found.within > 0
 
 
+@pytest.mark.slow
 def test_a_score_teacher_is_counted(command, pipelines):
     words = ["method=add", f"teacher.path={pipelines('mmdit')}", "score_teacher=shapes_unet"]
     code, out, err = command("doctor", *words, "method.distill_space=pixels")
@@ -121,6 +123,7 @@ def test_a_mask_of_captions_takes_all_of_them(family_folders):
         assert x[0, :2].shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_a_video_is_counted_with_all_its_frames(command, family_folders):
     words = [*families.words_of("wan", family_folders("wan")), "student=lora"]
     within = [counted(*words, f"teacher.frames={n}", "data=renders").within for n in (9, 33)]

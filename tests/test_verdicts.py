@@ -134,6 +134,7 @@ def read(folder):
     return json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     before, picture = read(run), (run / "samples" / "comparison.png").read_bytes()
     quick = ["steps=1", "metrics.prompts=8", "metrics.teacher_steps=[]"]
@@ -161,6 +162,7 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     assert "evaluated by different protocols" not in page
 
 
+@pytest.mark.slow
 def test_more_steps_by_the_same_protocol_join_the_others(run, command):
     before = read(run)
     with Image.open(run / "samples" / "comparison.png") as grid:

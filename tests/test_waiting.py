@@ -127,6 +127,7 @@ def test_an_iteration_reads_nothing_of_the_device(name, options, family, teacher
     assert all("encode_prompt" in pretended.line(place) for place in uploads)
 
 
+@pytest.mark.slow
 def test_accumulation_and_several_updates_read_nothing(teachers, tmp_path):
     settings = {"accumulate": 2, "discriminator_updates": 2, "head_start": 2}
     method = method_of("ladd", teachers("mmdit"), **settings)
@@ -134,6 +135,7 @@ def test_accumulation_and_several_updates_read_nothing(teachers, tmp_path):
     assert [dict(seen.reads) for seen in on_device.seen[1:]] == [{}] * 11
 
 
+@pytest.mark.slow
 def test_the_callbacks_of_a_run_read_at_logged_steps_alone(teachers, tmp_path):
     method, on_device = method_of("ladd", teachers("mmdit")), pretended.OnDevice()
     checkpoints = Checkpoints(every=15)

@@ -380,6 +380,7 @@ def test_prompts_alone_suffice(folder, command, tmp_path):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_the_doctor_counts_the_decoding_of_a_sample(folder, command):
     """In float32, as its autoencoder stays, and in tiles if asked; of the teacher's frames."""
     code, out, err = command("doctor", *run_words(folder, "run", "teacher.dtype=bfloat16"))

@@ -145,6 +145,7 @@ def test_the_teacher_of_the_demo_is_a_path(command, monkeypatch):
     assert seen.pop() == (None, None)
 
 
+@pytest.mark.slow
 def test_a_run_is_called_by_any_text(command, tmp_path):
     """And goes on: its name is read from its folder as it was typed."""
     name = "costs ${5}, [it's] 𝔞 = {b}"

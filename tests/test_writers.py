@@ -282,6 +282,7 @@ def test_files_of_other_names_are_no_checkpoints(tmp_path):
     assert [p.name for p in named] == ["step_000002_good.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_run_saves_on_beside_files_of_other_names(command, pipelines, shards, tmp_path):
     """Copies of a checkpoint and what systems leave end no run, are not counted, and stay."""
     folder, steps = tmp_path / "run", "callbacks.samples.every=1"
@@ -300,6 +301,7 @@ def test_a_run_saves_on_beside_files_of_other_names(command, pipelines, shards, 
     assert not list(folder.rglob(f"*{locks.NAME}"))
 
 
+@pytest.mark.slow
 @posix
 def test_commands_refuse_a_folder_that_another_process_writes(command, pipelines, shards, tmp_path):
     """In one sentence, before weights are read; and nothing of the other's is touched."""
@@ -384,6 +386,7 @@ def test_a_line_of_times_that_a_kill_has_cut_is_left_out(tmp_path):
     assert _seconds(tmp_path) == {"seconds_per_image": 1.0}
 
 
+@pytest.mark.slow
 def test_a_run_whose_facts_are_damaged_goes_on(command, pipelines, shards, tmp_path):
     folder = tmp_path / "run"
     assert (
