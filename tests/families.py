@@ -966,6 +966,11 @@ OTHERS = {
 EDITORS = ("instruct_pix2pix", "instruct_pix2pix_xl")
 INPAINTERS = ("sd_inpaint", "sdxl_inpaint", "sd3_inpaint", "flux_fill")
 TRAINED = (*FAMILIES, *(name for name, row in OTHERS.items() if row.option))
+# Their networks are of a class that another family has, with other weights, inputs or channels.
+VARIANTS = (
+    *("pixart_alpha", "kolors", "sana_sprint", "flux2_klein", "flux_schnell", "flux_fill"),
+    *("flux_kontext", "sd3_inpaint", *EDITORS, "sd_inpaint", "sdxl_inpaint"),
+)
 
 
 def words_of(family: str, folder: Path) -> list[str]:
@@ -986,7 +991,12 @@ def teacher_of(family: str, folder: Path, **options: Any) -> Any:
 
 def marks(family: str) -> Any:
     """The mark of a test of this family, but for those that are quick for every family."""
-    return pytest.mark.slow if FAMILIES[family].slow else ()
+    return training(family) if FAMILIES[family].slow else ()
+
+
+def training(family: str) -> Any:
+    """The mark of a test that trains each family."""
+    return pytest.mark.nightly if family in VARIANTS else pytest.mark.slow
 
 
 def marked() -> list[Any]:

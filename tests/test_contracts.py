@@ -16,7 +16,7 @@ import contracts
 import tiny
 from contracts import EVERY_STEP, ROUNDED, End, resumed, train, words_of
 from distill.training.speed import cannot_compile
-from families import TRAINED
+from families import TRAINED, training
 from test_distributed import launcher
 from test_speed import Compiled
 
@@ -42,7 +42,7 @@ MEMORY = {
     "muon_on_the_cpu": ["optimizer=muon", "loop.optimizer_device=cpu"],
 }
 NEEDS = {"adamw8bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
-slow = pytest.mark.slow
+COMPILED = ("sd35", "pixart", "zimage")  # the others, which take up to a minute each, nightly
 
 
 def table():
@@ -50,12 +50,12 @@ def table():
     others = [name for name in MEMORY if name != ADAPTERS]
     for i, family in enumerate(TRAINED):
         for options in (ADAPTERS, others[i % len(others)]):
-            marks = () if (family, options) == ("zimage", ADAPTERS) else slow
+            marks = () if (family, options) == ("zimage", ADAPTERS) else training(family)
             yield pytest.param(family, options, marks=marks)
 
 
-def each():
-    return pytest.mark.parametrize("family", [pytest.param(f, marks=slow) for f in TRAINED])
+def each(mark=training):
+    return pytest.mark.parametrize("family", [pytest.param(f, marks=mark(f)) for f in TRAINED])
 
 
 @pytest.mark.parametrize(("family", "options"), table())
@@ -78,7 +78,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, options, family_folders, 
 LATE_GRAPHS = {"zimage": 5, "qwenimage": 5}  # steps up to the last one without a new graph
 
 
-@each()
+@each(lambda family: pytest.mark.slow if family in COMPILED else pytest.mark.nightly)
 def test_compiled_blocks_train_as_they_do_uncompiled(family, family_folders, tmp_path, caplog):
     """Each block is one graph, and after the first step there is no new one. By torch's tracing
     alone: its compilers take minutes.
@@ -99,7 +99,7 @@ def test_compiled_blocks_train_as_they_do_uncompiled(family, family_folders, tmp
     assert contracts.apart(plain, again) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["wan"])  # it has the fewest graphs
 def test_a_run_with_compile_goes_on_as_one_without(family, family_folders, tmp_path, caplog):
     """By torch's default compiler, as a run has it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -242,25 +243,30 @@ JOBS = {
     for precision in PRECISIONS
 }
 FEW = {name: JOBS[name] for name in ("ladd_distill_32-true", "nitrofusion_unshared_32-true")}
+# Each option in one of the precisions, and in the other nightly.
+IN_TURN = {f"{name}_{PRECISIONS[i % 2]}" for i, name in enumerate(OPTIONS)}
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, launch, parts):
+def ends(request, tmp_path_factory, launch, parts):
     """How (one process, one under fsdp2, or two) and which jobs -> what each job's processes ended
-    with.
+    with. All jobs that are asked for train in turn.
     """
+    calls = (getattr(item, "callspec", None) for item in request.session.items)
+    asked = {call.params.get("job") for call in calls if call}
 
     @functools.cache
-    def made(how: str, slow: bool) -> Path:
+    def made(how: str, every: bool) -> Path:
+        jobs = {name: job for name, job in JOBS.items() if name in asked} if every else FEW
         folder = tmp_path_factory.mktemp(how)
         options = {"processes": 2, "strategy": how}
         if how.startswith("one"):
             options = {"processes": 1, "accumulate": 2, "strategy": how[4:] or None}
-        launch(folder, jobs=JOBS if slow else FEW, **options, **parts)
+        launch(folder, jobs=jobs, **options, **parts)
         return folder
 
-    def of(how: str, job: str, slow: bool) -> list[dict]:
-        folder = made(how, slow)
+    def of(how: str, job: str, every: bool) -> list[dict]:
+        folder = made(how, every)
         for failed in sorted(folder.glob(f"{job}_*.txt")):
             pytest.fail(failed.read_text(encoding="utf-8")[-2000:])
         files = sorted(folder.glob(f"{job}_*.pt"))
@@ -279,9 +285,14 @@ def test_processes_agree_where_a_run_had_failed(job, how, ends):
     assert_agree(ends(how, job, False), ends("one", job, False)[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job, marks=pytest.mark.slow if job in IN_TURN else pytest.mark.nightly)
+        for job in JOBS
+    ],
+)
 def test_two_processes_give_what_one_gives_with_every_option(job, how, ends, teachers):
     several, one = ends(how, job, True), ends("one", job, True)[0]
     if how == "fsdp2" and JOBS[job]["precision"] == "bf16-mixed":
@@ -316,8 +327,13 @@ def assert_near(end: dict, other: dict, before: dict) -> None:
     assert end["counts"] == other["counts"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["ladd", "nitrofusion", "dmd2"])
+LADD_FIRST = [  # each starts five processes
+    pytest.param(method, marks=pytest.mark.slow if method == "ladd" else pytest.mark.nightly)
+    for method in ("ladd", "nitrofusion", "dmd2")
+]
+
+
+@pytest.mark.parametrize("method", LADD_FIRST)
 def test_micro_batches_of_two_processes_are_those_of_one(method, run, parts, tmp_path):
     """Only the last backward pass communicates under ddp; under fsdp2 each one does."""
     options = {"method": method, **parts}
@@ -327,8 +343,7 @@ def test_micro_batches_of_two_processes_are_those_of_one(method, run, parts, tmp
         assert_agree(ends, one)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["ladd", "nitrofusion", "dmd2"])
+@pytest.mark.parametrize("method", LADD_FIRST)
 def test_two_processes_train_a_unet_as_one_does(method, pipelines, run, parts, tmp_path):
     """Its units are blocks, and the pass of NitroFusion's features ends in the middle."""
     options = {**parts, "method": method, "family": "unet", "teacher": str(pipelines("unet"))}
@@ -344,9 +359,16 @@ def test_gradients_summed_in_bfloat16_lead_nearby(strategy, alone, run, parts, t
     assert all(tiny.same(ends[0][what], ends[1][what]) for what in PLAYERS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["ddp", "fsdp2", "fsdp2_parts"])
-@pytest.mark.parametrize("then", ["one", "ddp", "fsdp2"])
+WAYS_ON = [("ddp", "fsdp2"), ("fsdp2", "one"), ("fsdp2_parts", "ddp"), ("fsdp2_parts", "fsdp2")]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        pytest.param(*way, marks=pytest.mark.slow if way in WAYS_ON else pytest.mark.nightly)
+        for way in product(("ddp", "fsdp2", "fsdp2_parts"), ("one", "ddp", "fsdp2"))
+    ],
+)
 def test_any_number_goes_on_from_any_other(first, then, alone, run, parts, tmp_path):
     parts = {**parts, "method": "ladd"}
     run(tmp_path / "first", processes=2, strategy=first, save_at=2, **parts)
@@ -372,8 +394,13 @@ def four_alone(tmp_path_factory, run, parts):
     return run(folder, processes=1, accumulate=4, method="ladd", **parts)[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp2_replicas", "fsdp2_replicas_parts"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("fsdp2_replicas", marks=pytest.mark.nightly),
+        pytest.param("fsdp2_replicas_parts", marks=pytest.mark.slow),
+    ],
+)
 def test_four_processes_in_two_replicas_give_what_one_gives(
     strategy, four_alone, run, parts, tmp_path
 ):
@@ -415,8 +442,13 @@ def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, run
     assert all("lora" in name for name in ends[0]["student"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("ddp", marks=pytest.mark.nightly),
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_train_compiled_blocks(
     strategy, alone, alone_with_a_lora, run, parts, tmp_path
 ):

@@ -177,7 +177,7 @@ def test_flux2_dev_is_told_its_guidance(teachers):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=() if f == "chroma" else pytest.mark.slow) for f in FAMILIES],
+    [pytest.param(f, marks=() if f == "chroma" else families.training(f)) for f in FAMILIES],
 )
 def test_a_block_that_is_computed_again_has_all_its_inputs(family, teachers):
     """diffusers forgets the mask of Chroma's single-stream blocks."""

@@ -32,18 +32,27 @@ METHODS = {
 }
 # DPO's pictures take the teacher's many steps: on one teacher of each prediction, among the slow.
 OF_DPO = ("sd15", "sd21_v", "sd3", "flux")
-# Each family and each other method once; the rest are slow.
+# Each family and each other method once; with LADD all are slow, of the rest one in five.
 QUICKER = [method for method in METHODS if method != "dpo"]
 FIRST = [row.named[0] for row in FAMILIES.values() if not row.slow]
 QUICK = set(zip(FIRST, cycle(QUICKER), strict=False))
 # Other options of the newer families: they differ from the first by their hub id alone.
 VARIANTS = {name for row in FAMILIES.values() if row.slow for name in row.named[1:]}
 VARIANTS |= {"flux2", "flux_schnell"}  # of a network that another option has
-ALL = [
-    pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+PAIRS = [
+    pair
     for pair in product(PLAYED_BY, METHODS)
     if (pair[1] != "dpo" or pair[0] in OF_DPO) and (pair[1] == "ladd" or pair[0] not in VARIANTS)
 ]
+
+
+def marks(i, pair):
+    if pair in QUICK:
+        return []
+    return pytest.mark.slow if pair[1] == "ladd" or i % 5 == 0 else pytest.mark.nightly
+
+
+ALL = [pytest.param(*pair, marks=marks(i, pair)) for i, pair in enumerate(PAIRS)]
 
 
 @pytest.fixture(scope="module")
