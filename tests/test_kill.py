@@ -55,10 +55,13 @@ def end_of(folder):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [("ladd", 0), ("ladd", 2), ("add", 0), ("nitrofusion", 0), ("consistency", 0), ("dmd2", 0)],
+    [
+        *(pytest.param(m, 0, marks=pytest.mark.slow) for m in ("ladd", "nitrofusion")),
+        *(pytest.param(m, 0, marks=pytest.mark.nightly) for m in ("add", "consistency", "dmd2")),
+        pytest.param("ladd", 2, marks=pytest.mark.nightly),
+    ],
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
     method, workers, forks, pipelines, shards, tmp_path
