@@ -442,13 +442,8 @@ def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, run
     assert all("lora" in name for name in ends[0]["student"])
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param("ddp", marks=pytest.mark.nightly),
-        pytest.param("fsdp2", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_train_compiled_blocks(
     strategy, alone, alone_with_a_lora, run, parts, tmp_path
 ):
