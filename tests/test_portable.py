@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -261,6 +262,25 @@ def test_what_a_name_cannot_hold_is_told_apart(monkeypatch):
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
     assert compose.file_name("Größe").startswith("Gre_")
     assert compose.file_name("红") != compose.file_name("圆")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_commands_of_make_keep_compiled_bytecode(tmp_path):
+    """Also where the environment says not to, as in images of containers: a command would compile
+    torch and all else that it imports each time.
+    """
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nenv\n", encoding="utf-8")
+    python.chmod(0o755)
+    (tmp_path / ".setup").touch()
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "CANARY": "1"}
+    command = ["make", "-s", "run", f"VENV={tmp_path}"]
+    said = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "CANARY=1" in said
+    assert not any(line.startswith("PYTHONDONTWRITEBYTECODE") for line in said)
 
 
 @pytest.mark.parametrize("path", [r"C:\models\x", r"C:\my models\x(1)", r"\\server\share\x"])
