@@ -213,7 +213,7 @@ def test_a_requeued_job_goes_on_by_itself(arguments, job, tmp_path):
     assert job(*arguments, RESTART_COUNT="0")[0] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_jobs_of_a_sweep_run_once_each_on_two_processes(pipelines, shards, tmp_path):
     command = ["distill.run", "-m", "seed=0,1", *smoke(pipelines, shards, *TWO)]
     process = start(command, tmp_path)

@@ -53,7 +53,13 @@ STAGES = {
     "demo": [(DEMO, "loading given/run", ""), (DEMO, "loading teacher", "")],
 }
 CASES = [
-    pytest.param(module, *stage, number, id=f"{module}-{stage[1] or 'at once'}-{NAME[number]}")
+    pytest.param(
+        module,
+        *stage,
+        number,
+        id=f"{module}-{stage[1] or 'at once'}-{NAME[number]}",
+        marks=pytest.mark.slow if number == numbers[0] else pytest.mark.nightly,
+    )  # fmt: skip
     for (module, stages), numbers in zip(
         STAGES.items(),
         [(15, 2), (1,), (2,), (10,), (15,), (1,), (15,), (2,), (15,), (2,), (2, 15), (2, 15)],
@@ -130,7 +136,6 @@ def world(tmp_path_factory):
     return kills.World(tmp_path_factory.mktemp("world") / "world")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("module", "words", "text", "way", "number"), CASES)
 def test_a_command_that_is_told_to_stop_says_so_in_one_line(
     module, words, text, way, number, world, monkeypatch
