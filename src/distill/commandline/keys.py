@@ -6,7 +6,8 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from distill.commandline.quoting import LISTS, groups, is_text, own_keys
-from distill.config.compose import dotted, nearest
+from distill.config import paths, trust
+from distill.config.compose import dotted, nearest, shipped
 
 NEEDED = "???"
 KINDS: dict[type, tuple[Any, str]] = {  # type of a default -> allowed types, and their name
@@ -14,6 +15,7 @@ KINDS: dict[type, tuple[Any, str]] = {  # type of a default -> allowed types, an
     float: ((int, float), "a number"),
     str: (str, "a text"),
 }
+GIVEN = {"image", "lora", "mask", "parts", "prompts"}  # of these paths nothing is shipped
 
 
 def check_composed(cfg: DictConfig, config: str) -> None:
@@ -22,6 +24,19 @@ def check_composed(cfg: DictConfig, config: str) -> None:
         raise ValueError(f"{', '.join(missing)}: not given; add {missing[0]}=... to the command")
     check_known(cfg, config)
     check_own_keys(cfg, config)
+    check_shipped(cfg)
+
+
+def check_shipped(cfg: DictConfig) -> None:
+    """Raise FileNotFoundError, with its key, for a name after `shapes:` that is not shipped."""
+    for key, value in trust.walk(OmegaConf.to_container(cfg, resolve=False), ""):
+        name = key.rpartition(".")[2]
+        if not isinstance(value, str) or name in GIVEN or not (key == "run" or paths.is_path(name)):
+            continue
+        try:
+            shipped(value)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key}={error}") from None
 
 
 def check_known(cfg: DictConfig, config: str) -> None:
