@@ -128,7 +128,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name == "LADD" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS],
+    tiny.tiered(RUNS, quick=["LADD"], slow=["LADD lora", "ADD", "NitroFusion", "DMD2"]),
 )
 def test_training_in_python_equals_the_command(name, command, pipelines, shards, tmp_path, capsys):
     family, words = RUNS[name]

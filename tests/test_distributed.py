@@ -286,13 +286,7 @@ def test_processes_agree_where_a_run_had_failed(job, how, ends):
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-@pytest.mark.parametrize(
-    "job",
-    [
-        pytest.param(job, marks=pytest.mark.slow if job in IN_TURN else pytest.mark.nightly)
-        for job in JOBS
-    ],
-)
+@pytest.mark.parametrize("job", tiny.tiered(JOBS, slow=IN_TURN))
 def test_two_processes_give_what_one_gives_with_every_option(job, how, ends, teachers):
     several, one = ends(how, job, True), ends("one", job, True)[0]
     if how == "fsdp2" and JOBS[job]["precision"] == "bf16-mixed":
@@ -327,10 +321,7 @@ def assert_near(end: dict, other: dict, before: dict) -> None:
     assert end["counts"] == other["counts"]
 
 
-LADD_FIRST = [  # each starts five processes
-    pytest.param(method, marks=pytest.mark.slow if method == "ladd" else pytest.mark.nightly)
-    for method in ("ladd", "nitrofusion", "dmd2")
-]
+LADD_FIRST = tiny.tiered(("ladd", "nitrofusion", "dmd2"), slow=["ladd"])
 
 
 @pytest.mark.parametrize("method", LADD_FIRST)
@@ -364,10 +355,7 @@ WAYS_ON = [("ddp", "fsdp2"), ("fsdp2", "one"), ("fsdp2_parts", "ddp"), ("fsdp2_p
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [
-        pytest.param(*way, marks=pytest.mark.slow if way in WAYS_ON else pytest.mark.nightly)
-        for way in product(("ddp", "fsdp2", "fsdp2_parts"), ("one", "ddp", "fsdp2"))
-    ],
+    tiny.tiered(product(("ddp", "fsdp2", "fsdp2_parts"), ("one", "ddp", "fsdp2")), slow=WAYS_ON),
 )
 def test_any_number_goes_on_from_any_other(first, then, alone, run, parts, tmp_path):
     parts = {**parts, "method": "ladd"}
@@ -396,10 +384,7 @@ def four_alone(tmp_path_factory, run, parts):
 
 @pytest.mark.parametrize(
     "strategy",
-    [
-        pytest.param("fsdp2_replicas", marks=pytest.mark.nightly),
-        pytest.param("fsdp2_replicas_parts", marks=pytest.mark.slow),
-    ],
+    tiny.tiered(["fsdp2_replicas", "fsdp2_replicas_parts"], slow=["fsdp2_replicas_parts"]),
 )
 def test_four_processes_in_two_replicas_give_what_one_gives(
     strategy, four_alone, run, parts, tmp_path

@@ -57,11 +57,14 @@ def end_of(folder):
 
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [
-        *(pytest.param(m, 0, marks=pytest.mark.slow) for m in ("ladd", "nitrofusion")),
-        *(pytest.param(m, 0, marks=pytest.mark.nightly) for m in ("add", "consistency", "dmd2")),
-        pytest.param("ladd", 2, marks=pytest.mark.nightly),
-    ],
+    tiny.tiered(
+        [
+            ("ladd", 0),
+            ("ladd", 2),
+            *((m, 0) for m in ("add", "nitrofusion", "consistency", "dmd2")),
+        ],
+        slow=[("ladd", 0), ("nitrofusion", 0)],
+    ),
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bits(
     method, workers, forks, pipelines, shards, tmp_path

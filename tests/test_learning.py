@@ -70,15 +70,12 @@ def test_the_toy_is_what_its_docstring_says():
     assert distance(tiny.ladd(toy).student) == pytest.approx(1.0, abs=1e-6)
 
 
-each_method = pytest.mark.parametrize(
-    "make",  # DPO does not distil
-    [pytest.param(make, id=name) for name, make in tiny.METHODS.items() if make is not tiny.dpo],
-)
+DISTIL = [name for name, make in tiny.METHODS.items() if make is not tiny.dpo]
 
 
-@pytest.mark.slow
-@each_method
-def test_one_step_samples_come_to_the_modes(make, tmp_path):
+@pytest.mark.parametrize("name", tiny.tiered(DISTIL, slow=("add", "ladd", "nitrofusion")))
+def test_one_step_samples_come_to_the_modes(name, tmp_path):
+    make = tiny.METHODS[name]
     student = trained(tmp_path, make)
     # From 1; the data's own is 0.1. NitroFusion's few heads leave .56 or .62 by how a CPU rounds.
     assert distance(student) < (0.7 if make is tiny.nitrofusion else 0.5)
@@ -91,12 +88,11 @@ def test_one_step_samples_come_to_the_modes(make, tmp_path):
 
 
 # DMD2's adversarial term is a small part of its loss; test_dmd2 flips the sign of the other.
-ADVERSARIAL = {name: make for name, make in tiny.GAMES.items() if make is not tiny.dmd2}
+ADVERSARIAL = [name for name, make in tiny.GAMES.items() if make is not tiny.dmd2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", ADVERSARIAL.values(), ids=ADVERSARIAL)
-def test_with_the_sign_flipped_they_do_not(make, tmp_path):
+@pytest.mark.parametrize("name", tiny.tiered(ADVERSARIAL, slow=["ladd"]))
+def test_with_the_sign_flipped_they_do_not(name, tmp_path):
     assert (
-        distance(trained(tmp_path, make, sign=-1.0)) > 0.9
+        distance(trained(tmp_path, tiny.METHODS[name], sign=-1.0)) > 0.9
     )  # where it began, for all that distillation does

@@ -156,8 +156,7 @@ def test_two_ranks_make_what_one_makes(name, command, asked, monkeypatch, tmp_pa
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
-@pytest.mark.slow
-@each_command
+@pytest.mark.parametrize("name", tiny.tiered(["cache", "synthesize"], slow=["cache"]))
 def test_two_processes_of_the_command_make_what_one_makes(name, asked, tmp_path):
     for devices, out in ((1, "whole"), (2, "parts")):
         command = [

@@ -191,7 +191,7 @@ def test_a_second_name_needs_no_links(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_commands_work_in_a_locale_without_utf8(tmp_path):
     """Real commands with a name, prompts and files that ASCII cannot say; what they write is
     UTF-8.

@@ -74,19 +74,18 @@ def close(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "make", "options"),
-    [
-        ("mmdit", tiny.ladd, {}),
-        ("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}),
-        ("mmdit", tiny.ladd, {"lora": {"rank": 2, "checkpointing": True}}),
-        ("unet", tiny.add, {}),
-        ("unet", tiny.dmd2, {}),
-    ],
-    ids=["full", "r1", "lora_checkpointing", "unet_add", "unet_dmd2"],
-)
-def test_compiled_blocks_train_as_the_others(family, make, options, pipelines, shards, tmp_path):
+COMPILED = {
+    "full": ("mmdit", tiny.ladd, {}),
+    "r1": ("mmdit", tiny.ladd, {"options": {"r1_weight": 1e-2}}),
+    "lora_checkpointing": ("mmdit", tiny.ladd, {"lora": {"rank": 2, "checkpointing": True}}),
+    "unet_add": ("unet", tiny.add, {}),
+    "unet_dmd2": ("unet", tiny.dmd2, {}),
+}
+
+
+@pytest.mark.parametrize("what", tiny.tiered(COMPILED, slow=("lora_checkpointing", "unet_add")))
+def test_compiled_blocks_train_as_the_others(what, pipelines, shards, tmp_path):
+    family, make, options = COMPILED[what]
     methods = []
     for name in ("eager", "compiled"):
         method, log = make(families.teacher_at(pipelines(family)), **options), Compiled()

@@ -266,7 +266,7 @@ CLOSED = [
     *(("distill.run", "--cfg job", 0), ("distill.check", "data.path=nope", 1)),
     *(("distill.compare", "runs=nope", 1), ("distill.completion", "bash", 0)),
     ("distill.doctor", "teacher.nope=1", 1),
-    pytest.param("distill.doctor", "", 0, marks=pytest.mark.slow),  # loads torch
+    pytest.param("distill.doctor", "", 0, marks=pytest.mark.nightly),  # loads torch
     ("distill.demo", "run=./nope", 1),
 ]
 

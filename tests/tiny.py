@@ -11,7 +11,7 @@ import io
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,23 @@ def write_shards(folder: Path, count: int = 24) -> Path:
     latents = ((f"{i:04d}", random.standard_normal((4, 16, 16)), CAPTIONS[i]) for i in range(count))
     write_latents(str(folder / "latents-%06d.tar"), latents, per_shard=count)
     return folder
+
+
+def tiered(
+    values: Iterable[Any], *, quick: Container[Any] = (), slow: Container[Any] = ()
+) -> list[Any]:
+    """Values for `parametrize`: the quick ones for every run of the tests, the slow ones, and all
+    others nightly. A tuple holds several arguments.
+    """
+    import pytest
+
+    def mark(value: Any) -> Any:
+        if value in quick:
+            return ()
+        return pytest.mark.slow if value in slow else pytest.mark.nightly
+
+    several = ((value if isinstance(value, tuple) else (value,), mark(value)) for value in values)
+    return [pytest.param(*arguments, marks=marks) for arguments, marks in several]
 
 
 def on_either(names: Iterable[str]) -> list[Any]:
