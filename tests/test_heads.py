@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from distill.core.times import Discrete, LogitNormal
 from distill.core.types import Cond
 from distill.discriminators.heads import ConvHeads
 from distill.discriminators.pool import DrawnHeads, Pool
+from distill.discriminators.strided import strided
 from distill.discriminators.stylegan_t import StyleGANTHeads
 from distill.methods.ladd import LADD
 
@@ -237,3 +239,25 @@ def test_a_bounded_width_is_that_of_the_narrower() -> None:
     widths = [head.mix[0].in_channels for head in make(width=16).heads.values()]
     assert widths == [12, 12, 16]
     assert [head.mix[0].in_channels for head in make(width=None).heads.values()] == [12, 12, 20]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 2), (8, 2), (16, 3), (2, 16), (8, 8)])
+@pytest.mark.parametrize("kernel", [3, 4])
+def test_a_convolution_with_a_stride_is_right_in_bfloat16(kernel, size):
+    """F.conv2d is not, on CPUs with AMX, where one column is left."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 144, *size, generator=generator).bfloat16()
+    weight = torch.randn(64, 144, kernel, kernel, generator=generator).bfloat16() / 40
+
+    def found(x, weight, context):
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        with context:
+            y = strided(x, weight, stride=2, padding=1)
+        slope = torch.linspace(-1, 1, y.numel()).view_as(y)
+        return [y.detach(), *torch.autograd.grad(y, (x, weight), slope.to(y.dtype))]
+
+    expected = found(x.double(), weight.double(), contextlib.nullcontext())
+    for filled in range(10):
+        torch.full((10_000 * filled,), 1e2)  # so that free memory is not zero
+        for a, b in zip(found(x, weight, torch.autocast("cpu")), expected, strict=True):
+            assert float((a.double() - b).abs().max()) < 0.02 * float(b.abs().max())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from distill.core.process import Prediction, Process
 from distill.core.types import Cond, Logits
 from distill.discriminators.heads import AllHeads, by_frame, concatenated, positions
+from distill.discriminators.strided import strided
 
 MIDDLE = "middle"
 GROUPS = 32  # of the group norms, as in the paper's code, for its 1280 channels
@@ -85,7 +86,8 @@ class Halving(nn.Module):
         height, width = x.shape[-2:]
         if height % 2 or width % 2:  # also a single position stays one
             x = F.pad(x, (0, width % 2, 0, height % 2))
-        return F.silu(self.norm(self.convolution(x)))
+        kernel, bias = self.convolution.weight, self.convolution.bias
+        return F.silu(self.norm(strided(x, kernel, bias, stride=2, padding=1)))
 
 
 class Classifier(nn.Module):

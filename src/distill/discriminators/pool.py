@@ -29,6 +29,7 @@ from distill.core.randomness import on_host, uniform
 from distill.core.transfers import host_values, send
 from distill.core.types import Cond, Logits
 from distill.discriminators.heads import by_frame, positions
+from distill.discriminators.strided import strided
 
 # Channels per group: the last maps may have one position, and norming two values leaves two signs.
 NORM_CHANNELS = 16
@@ -142,7 +143,7 @@ class Pool(nn.Module):
             # A map of one position with its padding is smaller than the kernel of 4.
             x = F.pad(x, (0, max(0, 2 - x.shape[-1]), 0, max(0, 2 - x.shape[-2])))
             kernel = kernel.reshape(count * self.width, -1, 4, 4)
-            x = F.conv2d(x, kernel, stride=2, padding=1, groups=count)
+            x = strided(x, kernel, stride=2, padding=1, groups=count)
             x = F.silu(
                 F.group_norm(
                     x, count * self.width // NORM_CHANNELS, gain.flatten(), shift.flatten()
