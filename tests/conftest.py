@@ -24,10 +24,10 @@ if (
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 FAMILIES = ("mmdit", "unet")
 LONGEST = (  # files, the longest first: one that is begun last keeps one worker busy, and no other
-    *("distributed", "contracts", "kill", "kills", "launch", "pretrain", "stopping"),
-    *("first_mile", "making"),
-    *("readme", "learning", "portable", "api", "export", "resume", "bad_input", "words", "conf"),
-    *("every_key", "quick_answers", "speed", "engine", "waiting", "notebooks", "methods", "lora"),
+    *("distributed", "contracts", "strangers", "onnx", "smoke", "kill", "first_mile", "learning"),
+    *("launch", "quantize", "stopping", "editors", "store_kinds", "every_key", "speed", "wan"),
+    *("experiments", "resume", "processes", "step_memory", "writers", "run", "kills", "trackers"),
+    *("making", "quick_answers", "bad_input", "conf", "export", "families", "waiting", "api"),
 )
 
 

@@ -12,6 +12,8 @@ import psutil  # noqa: F401  # before a test takes `resource` away
 import pytest
 import torch
 
+import tiny
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -129,8 +131,9 @@ COUNTED = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", [i for i, row in enumerate(COUNTED) if row])
+@pytest.mark.parametrize(
+    "place", tiny.tiered([i for i, row in enumerate(COUNTED) if row], slow=[0, 6])
+)
 def test_the_page_on_memory_has_what_is_counted_of_full_size(place, benchmark, tmp_path):
     page = (BENCHMARKS.parent / "docs" / "how_to" / "memory.md").read_text(encoding="utf-8")
     table = page.split("| run | options | counted |")[1].split("\n\n")[0]

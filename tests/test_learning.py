@@ -73,7 +73,7 @@ def test_the_toy_is_what_its_docstring_says():
 DISTIL = [name for name, make in tiny.METHODS.items() if make is not tiny.dpo]
 
 
-@pytest.mark.parametrize("name", tiny.tiered(DISTIL, slow=("add", "ladd", "nitrofusion")))
+@pytest.mark.parametrize("name", tiny.tiered(DISTIL, slow=("add", "ladd")))
 def test_one_step_samples_come_to_the_modes(name, tmp_path):
     make = tiny.METHODS[name]
     student = trained(tmp_path, make)

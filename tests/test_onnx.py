@@ -83,8 +83,7 @@ def program() -> str:
     return found[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", list(SAMPLERS))
+@pytest.mark.parametrize("family", tiny.tiered(SAMPLERS, slow=["shapes", "sdxl"]))
 def test_the_program_of_the_page_paints_what_torch_paints(family, exported, tmp_path, monkeypatch):
     run, folder, said = exported(family)
     monkeypatch.chdir(tmp_path)
@@ -120,8 +119,9 @@ def test_the_program_of_the_page_paints_what_torch_paints(family, exported, tmp_
     assert {path.name for path in folder.iterdir()} == files | tokenizers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", EXPORTED)
+@pytest.mark.parametrize(
+    "family", tiny.tiered(EXPORTED, slow=("sdxl", "sd35", "pixart", "flux", "qwenimage"))
+)
 def test_every_family_is_exported_and_equals_torch(family, exported):
     _, folder, _ = exported(family)
     about = json.loads((folder / "student.json").read_text(encoding="utf-8"))

@@ -232,10 +232,12 @@ slow = pytest.mark.slow
     [
         ("ladd", "int8", "32-true"),
         pytest.param("ladd", "int8", "bf16-mixed", marks=slow),
+        pytest.param("add", "nf4", "32-true", marks=slow),
+        pytest.param("nitrofusion", "int8", "32-true", marks=slow),
+        pytest.param("dmd2", "nf4", "32-true", marks=slow),
         *(
-            pytest.param(name, bits, "32-true", marks=slow)
-            for name in ("add", "nitrofusion", "dmd2")
-            for bits in ("int8", "nf4")
+            pytest.param(name, bits, "32-true", marks=pytest.mark.nightly)
+            for name, bits in (("add", "int8"), ("nitrofusion", "nf4"), ("dmd2", "int8"))
         ),
     ],
 )
@@ -270,7 +272,7 @@ def test_training_is_that_with_dequantised_weights(
     [
         ("ladd", "nf4"),
         *(
-            pytest.param(name, bits, marks=slow)
+            pytest.param(name, bits, marks=slow if bits == "int8" else pytest.mark.nightly)
             for name in ("add", "nitrofusion", "dmd2")
             for bits in ("int8", "nf4")
         ),

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import tiny
 from distill import demo, evaluate, export, inspect, run, sample
 from distill.config import texts, trust
 from distill.config.compose import dotted, read_unchecked, shipped
@@ -200,12 +202,16 @@ def test_no_key_of_a_strangers_run_does_anything(name, place, listener, capsys):
         assert "teacher.path" in refused(found)  # a node's class is not looked at for its path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("words", [RUN, ANOTHER + OF_ANOTHER], ids=["ladd", "add"])
-@pytest.mark.parametrize("name", COMMANDS)
-def test_no_key_does_anything_whatever_stands_there(name, words, kind, place, listener, capsys):
-    found = attacked(name, config(*words), (kind,), place, listener, capsys)
+METHODS = {"ladd": RUN, "add": ANOTHER + OF_ANOTHER}
+EACH_KEY = list(product(COMMANDS, METHODS, KINDS))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "kind"),
+    tiny.tiered(EACH_KEY, slow=EACH_KEY[::6]),  # each command, method and kind among them
+)
+def test_no_key_does_anything_whatever_stands_there(name, method, kind, place, listener, capsys):
+    found = attacked(name, config(*METHODS[method]), (kind,), place, listener, capsys)
     if name == "run":
         texts = {key for key in found if trust.TEXTS.fullmatch(key)}
         words_of = {key for key in found if key.endswith(("_partial_", "_target_"))}

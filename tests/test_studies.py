@@ -715,7 +715,7 @@ def test_a_misspelt_study_and_a_question_for_help_are_answered(capsys):
     assert "Studies: add_ablations, " in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_study_that_is_killed_goes_on_and_writes_its_page(study, tmp_path):
     found = study(**TINY)

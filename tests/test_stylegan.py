@@ -264,7 +264,7 @@ def test_a_run_and_a_resumed_one_are_the_same_to_the_last_bit(command, pipelines
     assert command("inspect", "run=whole", "samples=2")[0] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_by_default_it_is_evaluated_in_one_step(command, tmp_path):
     """On the shipped teacher, with the command of the page."""
     given = ["debug=smoke", "method=add", "teacher=shapes_small", "student=stylegan", ODDS]
