@@ -32,7 +32,8 @@ METHODS = {
 }
 # DPO's pictures take the teacher's many steps: on one teacher of each prediction, among the slow.
 OF_DPO = ("sd15", "sd21_v", "sd3", "flux")
-# Each family and each other method once; with LADD all are slow, of the rest one in five.
+# Each family and each other method once. With LADD each class of networks is slow, of the rest one
+# pair in five; the others are nightly.
 QUICKER = [method for method in METHODS if method != "dpo"]
 FIRST = [row.named[0] for row in FAMILIES.values() if not row.slow]
 QUICK = set(zip(FIRST, cycle(QUICKER), strict=False))
@@ -49,7 +50,8 @@ PAIRS = [
 def marks(i, pair):
     if pair in QUICK:
         return []
-    return pytest.mark.slow if pair[1] == "ladd" or i % 5 == 0 else pytest.mark.nightly
+    first = pair[1] == "ladd" and PLAYED_BY[pair[0]] not in families.VARIANTS
+    return pytest.mark.slow if first or i % 5 == 0 else pytest.mark.nightly
 
 
 ALL = [pytest.param(*pair, marks=marks(i, pair)) for i, pair in enumerate(PAIRS)]
