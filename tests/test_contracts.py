@@ -210,8 +210,18 @@ def assert_as_one(several, one, *, within=5e-3):
     assert [end.step for end in several] == [contracts.STEPS] * 2
 
 
-@each()
-@pytest.mark.parametrize(("how", "alone"), [("fsdp2", "one"), ("ddp_lora", "one_lora")])
+LORAS = ("sdxl", "flux", "zimage", "qwenimage")  # by ddp; the others nightly
+
+
+def ways():
+    """(how, alone, family): each family cut up, and LoRAs on whole quantised networks."""
+    for family in TRAINED:
+        yield pytest.param("fsdp2", "one", family, marks=training(family))
+        mark = pytest.mark.slow if family in LORAS else pytest.mark.nightly
+        yield pytest.param("ddp_lora", "one_lora", family, marks=mark)
+
+
+@pytest.mark.parametrize(("how", "alone", "family"), ways())
 def test_two_processes_train_as_one_does(how, alone, family, ends):
     assert HOW[how].processes == 2
     assert_as_one(ends(how, family), ends(alone, family)[0])

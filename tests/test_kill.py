@@ -63,7 +63,7 @@ def end_of(folder):
             ("ladd", 2),
             *((m, 0) for m in ("add", "nitrofusion", "consistency", "dmd2")),
         ],
-        slow=[("ladd", 0), ("nitrofusion", 0)],
+        slow=[("ladd", 0)],
     ),
 )
 def test_killed_at_any_moment_it_ends_with_the_same_bits(

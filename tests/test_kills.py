@@ -37,7 +37,7 @@ def killed(forks):
     return killed
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_few_kills_cost_nothing(killed, tmp_path):
     results = killed(tmp_path / "kills", "trials=3", "seed=20", "commands=run,synthesize")
     assert [r["command"] for r in results] == ["run", "synthesize", "run"]

@@ -276,11 +276,10 @@ def test_commands_of_make_keep_compiled_bytecode(tmp_path):
     (tmp_path / ".setup").touch()
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "CANARY": "1"}
     command = ["make", "-s", "run", f"VENV={tmp_path}"]
-    said = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert "CANARY=1" in said
-    assert not any(line.startswith("PYTHONDONTWRITEBYTECODE") for line in said)
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    lines = said.stdout.decode().splitlines()
+    assert "CANARY=1" in lines
+    assert not any(line.startswith("PYTHONDONTWRITEBYTECODE") for line in lines)
 
 
 @pytest.mark.parametrize("path", [r"C:\models\x", r"C:\my models\x(1)", r"\\server\share\x"])

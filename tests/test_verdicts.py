@@ -162,7 +162,7 @@ def test_a_quick_look_does_not_replace_a_run_s_scores(run, command, tmp_path):
     assert "evaluated by different protocols" not in page
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_steps_by_the_same_protocol_join_the_others(run, command):
     before = read(run)
     with Image.open(run / "samples" / "comparison.png") as grid:

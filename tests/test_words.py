@@ -271,7 +271,7 @@ CLOSED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes streams")
 def test_a_fail_of_doctor_is_a_line_of_its_table(tmp_path):
     """So it goes where the table goes, and nothing else is said where that is closed."""
