@@ -54,10 +54,6 @@ def table():
             yield pytest.param(family, options, marks=marks)
 
 
-def each(mark=training):
-    return pytest.mark.parametrize("family", [pytest.param(f, marks=mark(f)) for f in TRAINED])
-
-
 @pytest.mark.parametrize(("family", "options"), table())
 def test_a_resumed_run_ends_with_the_same_bits(family, options, family_folders, tmp_path):
     for name, package in NEEDS.items():
@@ -78,7 +74,7 @@ def test_a_resumed_run_ends_with_the_same_bits(family, options, family_folders, 
 LATE_GRAPHS = {"zimage": 5, "qwenimage": 5}  # steps up to the last one without a new graph
 
 
-@each(lambda family: pytest.mark.slow if family in COMPILED else pytest.mark.nightly)
+@pytest.mark.parametrize("family", tiny.tiered(TRAINED, slow=COMPILED))
 def test_compiled_blocks_train_as_they_do_uncompiled(family, family_folders, tmp_path, caplog):
     """Each block is one graph, and after the first step there is no new one. By torch's tracing
     alone: its compilers take minutes.

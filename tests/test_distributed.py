@@ -415,7 +415,7 @@ def test_a_bad_gradient_in_one_process_is_left_out_in_both(method, run, parts, t
     assert ends[0]["counts"]["step"] == 4
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("strategy", tiny.tiered(["ddp", "fsdp2"], quick=["fsdp2"], slow=["ddp"]))
 def test_two_processes_train_a_lora_as_one_does(strategy, alone_with_a_lora, run, parts, tmp_path):
     """Under fsdp2 the network is cut up and the adapters are whole; and what is computed again is
     what it was.

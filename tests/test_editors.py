@@ -39,8 +39,6 @@ SEED = 3
 BOTH = {"guidance_scale": 5.0, "image_guidance_scale": 1.7}
 each = pytest.mark.parametrize("family", EDITORS)
 
-SLOW, NIGHTLY = pytest.mark.slow, pytest.mark.nightly
-
 
 @pytest.fixture
 def folders(family_folders):
@@ -228,26 +226,22 @@ def test_an_experiment_of_renders_takes_data_of_files(experiment, words, command
     assert data.size == 64
 
 
-@pytest.mark.parametrize(
-    ("words", "count", "sides"),
-    [
-        pytest.param(["experiment=edit_shapes", "data.size=96"], 14, (96, 96), marks=NIGHTLY),
-        pytest.param(["experiment=inpaint_shapes", "data.size=96"], 16, (96, 96), marks=SLOW),
-        pytest.param(
-            ["experiment=edit_shapes", "data=pairs", "data.buckets=[[64,48]]"], 8, (64, 48),
-            marks=SLOW,
-        ),
-        pytest.param(
-            [
-                *("experiment=inpaint_shapes", "data=images", "data.max_empty_share=1"),
-                "data.buckets=[[64,48],[48,64]]",
-            ],
-            3,  # of six those in the first one's bucket
-            (48, 64),
-            marks=NIGHTLY,
-        ),
-    ],
-)  # fmt: skip
+OF_SIZES = [
+    (["experiment=edit_shapes", "data.size=96"], 14, (96, 96)),
+    (["experiment=inpaint_shapes", "data.size=96"], 16, (96, 96)),
+    (["experiment=edit_shapes", "data=pairs", "data.buckets=[[64,48]]"], 8, (64, 48)),
+    (
+        [
+            *("experiment=inpaint_shapes", "data=images", "data.max_empty_share=1"),
+            "data.buckets=[[64,48],[48,64]]",
+        ],
+        3,  # of six those in the first one's bucket
+        (48, 64),
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "count", "sides"), tiny.tiered(OF_SIZES, slow=OF_SIZES[1:3]))
 def test_sample_pictures_have_the_size_of_the_data(words, count, sides, command, pairs, tmp_path):
     """The pictures beside them are read in that size, which need not be the teacher's."""
     if "data=pairs" in words:

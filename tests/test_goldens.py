@@ -27,14 +27,14 @@ def test_every_command_has_a_recorded_page():
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "discriminator"), golden.TRAININGS)
 def test_three_steps_are_as_recorded(method, discriminator, tmp_path):
-    """Within what processors round differently; AdamW's first steps enlarge it: on an
-    Intel Xeon a head's logit is .4 % from the one that an AMD EPYC recorded.
+    """Within what processors round differently; AdamW's first steps enlarge it: in the third, on an
+    Intel Xeon, a head's logit is .4 % from the one that an AMD EPYC recorded.
     """
     recorded = golden.record("trainings")[f"{method} {discriminator}"]
     found = golden.training(method, discriminator, tmp_path)
     assert [sorted(row) for row in found["rows"]] == [sorted(row) for row in recorded["rows"]]
     for row, expected in zip(found["rows"], recorded["rows"], strict=True):
-        assert row == pytest.approx(expected, rel=1e-2, abs=2e-3)
+        assert row == pytest.approx(expected, rel=1e-2 if row["step"] == 3 else 2e-3, abs=2e-3)
     for name in ("norm", "sum"):
         assert found["weights"][name] == pytest.approx(recorded["weights"][name], rel=1e-4)
 

@@ -102,14 +102,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
     assert not list(checkpoints.glob("*.part"))
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGTERM, 143),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 0, marks=pytest.mark.slow),
-    ],
-)
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)]
+
+
+@pytest.mark.parametrize(("number", "code"), tiny.tiered(SIGNALS, quick=SIGNALS[:1], slow=SIGNALS))
 def test_told_to_stop_it_saves_says_how_to_go_on_and_does(
     number, code, command, monkeypatch, pipelines, shards, finished, tmp_path
 ):
@@ -201,7 +197,7 @@ def test_a_branch_that_is_abandoned_is_set_aside(command, pipelines, shards, tmp
 
 @pytest.mark.parametrize(
     "damage",
-    ["cut short", *(pytest.param(d, marks=pytest.mark.slow) for d in ("foreign", "empty"))],
+    tiny.tiered(["cut short", "foreign", "empty"], quick=["cut short"], slow=["foreign", "empty"]),
 )
 def test_a_bad_checkpoint_is_named_and_the_one_before_is_used(
     damage, command, finished, tmp_path, caplog

@@ -42,10 +42,7 @@ CROSSES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "nitrofusion" else pytest.param(n, marks=pytest.mark.slow) for n in CROSSES],
-)
+@pytest.mark.parametrize("name", tiny.tiered(CROSSES, quick=["nitrofusion"], slow=CROSSES))
 def test_a_run_leaves_a_student_for_plain_diffusers(name, smoke):
     folder, _ = smoke(
         *CROSSES[name], family="unet" if "teacher=shapes_unet" in CROSSES[name] else "mmdit"

@@ -47,14 +47,8 @@ PAIRS = [
 ]
 
 
-def marks(i, pair):
-    if pair in QUICK:
-        return []
-    first = pair[1] == "ladd" and PLAYED_BY[pair[0]] not in families.VARIANTS
-    return pytest.mark.slow if first or i % 5 == 0 else pytest.mark.nightly
-
-
-ALL = [pytest.param(*pair, marks=marks(i, pair)) for i, pair in enumerate(PAIRS)]
+OF_LADD = [(name, "ladd") for name, f in PLAYED_BY.items() if f not in families.VARIANTS]
+ALL = tiny.tiered(PAIRS, quick=QUICK, slow=[*OF_LADD, *PAIRS[::5]])
 
 
 @pytest.fixture(scope="module")

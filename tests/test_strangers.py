@@ -189,9 +189,7 @@ def refused(found: dict[str, str]) -> set[str]:
     return {key for key, said in found.items() if f"config.yaml: {key}" in said}
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "run" else pytest.param(n, marks=pytest.mark.slow) for n in COMMANDS]
-)
+@pytest.mark.parametrize("name", tiny.tiered(COMMANDS, quick=["run"], slow=COMMANDS))
 def test_no_key_of_a_strangers_run_does_anything(name, place, listener, capsys):
     base = config(*RUN)
     found = attacked(name, base, ("class", "resolver", "gadget"), place, listener, capsys)

@@ -15,7 +15,8 @@ KINDS: dict[type, tuple[Any, str]] = {  # type of a default -> allowed types, an
     float: ((int, float), "a number"),
     str: (str, "a text"),
 }
-GIVEN = {"image", "lora", "mask", "parts", "prompts"}  # of these paths nothing is shipped
+# Last parts of keys that may name what is shipped: all paths but those of which nothing is.
+SHIPPED = {"run", *paths.READ, *paths.WRITTEN} - {"image", "lora", "mask", "parts", "prompts"}
 
 
 def check_composed(cfg: DictConfig, config: str) -> None:
@@ -30,13 +31,11 @@ def check_composed(cfg: DictConfig, config: str) -> None:
 def check_shipped(cfg: DictConfig) -> None:
     """Raise FileNotFoundError, with its key, for a name after `shapes:` that is not shipped."""
     for key, value in trust.walk(OmegaConf.to_container(cfg, resolve=False), ""):
-        name = key.rpartition(".")[2]
-        if not isinstance(value, str) or name in GIVEN or not (key == "run" or paths.is_path(name)):
-            continue
-        try:
-            shipped(value)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{key}={error}") from None
+        if isinstance(value, str) and key.rpartition(".")[2] in SHIPPED:
+            try:
+                shipped(value)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{key}={error}") from None
 
 
 def check_known(cfg: DictConfig, config: str) -> None:
